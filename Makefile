@@ -1,0 +1,37 @@
+# On a machine with Python 3.11 to 3.13 and pip, each target below does everything it needs by itself.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+DEMO := .venv/.installed-demo
+DEV := .venv/.installed-dev
+
+.PHONY: demo test test-fast check format
+
+demo: $(DEMO)  ## train a small image-to-image model on the CPU, and judge its pictures
+	$(BIN)/python -m benchmarks.learning
+
+test: $(DEV)
+	$(BIN)/python -m pytest
+
+test-fast: $(DEV)
+	$(BIN)/python -m pytest -m "not slow"
+
+check: $(DEV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_layers.py
+
+format: $(DEV)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# A stamp is newer than what it was installed from, so nothing is installed twice.
+$(DEMO): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -c constraints.txt -e '.[demo]'
+	touch $@
+
+$(DEV): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -c constraints.txt -e '.[demo,dev]'
+	touch $(DEMO) $@

@@ -1,0 +1,169 @@
+"""What a config may say beyond its types: sums that must work out, numbers in range, settings that would be ignored.
+
+Everything here is arithmetic on values; files are looked at in `launch/requests.py` and `launch/survey.py`.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from synthos.schema import RunConfig
+
+FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
+FILE_NAME_WORDS = "letters, digits and . _ + = - (it becomes a file name), a letter or digit first"
+
+RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    (
+        "nodes gpus_per_node batch.size batch.micro data.height data.width data.window data.lanes optim.lr "
+        "optim.lr_groups optim.eps optim.steps optim.epochs optim.clip optim.decay_steps validate.every "
+        "checkpoint.every cluster.threads",
+        lambda value: 0 < value < math.inf,
+        "above 0",
+    ),
+    (
+        "data.workers optim.weight_decay optim.warmup_steps validate.samples validate.from_split "
+        "checkpoint.keep_last checkpoint.keep_best",
+        lambda value: 0 <= value < math.inf,
+        "0 or more",
+    ),
+    ("optim.betas", lambda value: 0 <= value < 1, "at least 0 and below 1"),
+    ("ema.decay", lambda value: 0 < value < 1, "between 0 and 1"),
+)
+
+
+def value_problems(config: RunConfig, recipe: Any, recipe_config: Any) -> list[str]:
+    """A line for everything wrong with the values of a config.
+
+    Args:
+        config: the shared part.
+        recipe: the recipe's class.
+        recipe_config: its Config.
+    """
+    problems = [*_names(config), *_ranges(config), *_probabilities(recipe_config)]
+    if problems:  # the sums below would only repeat them
+        return problems
+    return [
+        *batch_problems(config),
+        *_length(config),
+        *size_problems(config.data, recipe.size_multiple, "data"),
+        *_held_out(config),
+        *_ranks(config),
+    ]
+
+
+def batch_problems(config: RunConfig) -> list[str]:
+    """The global batch must be whole micro-batches on every rank; says the nearest values that are."""
+    size, micro, ranks = config.batch.size, config.batch.micro, config.ranks
+    if size % (micro * ranks) == 0:
+        return []
+    near = {"batch.size": nearest_multiples(size, micro * ranks)}
+    if size % ranks == 0:
+        near["batch.micro"] = nearest_divisors(size // ranks, micro)
+    if size % micro == 0:
+        near["nodes x gpus_per_node"] = nearest_divisors(size // micro, ranks)
+    legal = ", or ".join(f"{key} {' or '.join(map(str, values))}" for key, values in near.items())
+    return [
+        f"batch.size: {size} is not a multiple of batch.micro x ranks = {micro} x {ranks} = {micro * ranks}; "
+        f"nearest legal: {legal}"
+    ]
+
+
+def nearest_multiples(value: int, of: int) -> list[int]:
+    """The positive multiples of `of` next to `value`, one below and one above."""
+    below = value // of * of
+    return [multiple for multiple in (below, below + of) if multiple > 0]
+
+
+def nearest_divisors(number: int, value: int) -> list[int]:
+    """The divisors of `number` next to `value`, one below and one above where there are any."""
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    below, above = [d for d in divisors if d < value], [d for d in divisors if d > value]
+    return below[-1:] + above[:1]
+
+
+def size_problems(sized: Any, multiple: int, path: str) -> list[str]:
+    """The `height` and `width` (pixels) of `sized`, where it has any, must be multiples of what the network needs."""
+    problems = []
+    for key in ("height", "width"):
+        value = getattr(sized, key, None)
+        if value is not None and (value <= 0 or value % multiple):
+            near = " or ".join(map(str, nearest_multiples(max(value, 0), multiple)))
+            problems.append(f"{path}.{key}: {value} is not a multiple of {multiple}; nearest: {near}")
+    return problems
+
+
+def _names(config: RunConfig) -> Iterator[str]:
+    for key, value in (("name", config.name), ("group", config.group)):
+        if not FILE_NAME.fullmatch(value):
+            yield f"{key}: {value!r} is not allowed; expected {FILE_NAME_WORDS}"
+
+
+def _ranges(config: RunConfig) -> Iterator[str]:
+    for keys, fits, words in RANGES:
+        for key in keys.split():
+            for path, number in _numbers(key, _get(config, key)):
+                if not fits(number):
+                    yield f"{path}: {number} is not allowed; expected a number {words}"
+
+
+def _numbers(path: str, value: Any) -> Iterator[tuple[str, float]]:
+    if isinstance(value, Mapping):
+        yield from ((f"{path}.{name}", number) for name, number in value.items())
+    elif isinstance(value, tuple):
+        yield from ((f"{path}[{index}]", number) for index, number in enumerate(value))
+    elif value is not None:
+        yield path, value
+
+
+def _get(config: Any, key: str) -> Any:
+    for name in key.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def _probabilities(recipe_config: Any) -> Iterator[str]:
+    """Everywhere in the house `drop_<condition>` is a probability."""
+    for name, value in dataclasses.asdict(recipe_config).items():
+        if name.startswith("drop_") and not (isinstance(value, int | float) and 0 <= value <= 1):
+            yield f"recipe.{name}: {value} is not allowed; expected a probability from 0 to 1"
+
+
+def _length(config: RunConfig) -> Iterator[str]:
+    optim = config.optim
+    if (optim.steps is None) == (optim.epochs is None):
+        found = "neither is set" if optim.steps is None else f"both are set ({optim.steps} and {optim.epochs})"
+        yield f"optim.steps, optim.epochs: {found}; expected exactly one, the other null"
+    if optim.decay_steps is not None and optim.schedule == "constant":
+        yield f"optim.decay_steps: {optim.decay_steps} has no effect with optim.schedule=constant; expected null"
+    end = optim.decay_steps or optim.steps
+    if end is not None and optim.warmup_steps > end:
+        yield f"optim.warmup_steps: {optim.warmup_steps} is more than the {end} steps of the schedule"
+
+
+def _held_out(config: RunConfig) -> Iterator[str]:
+    data, validate = config.data, config.validate
+    if data.validation is None and data.holdout_fraction == 0 and (validate.samples or validate.from_split):
+        yield (
+            "data.validation, data.holdout_fraction: nothing is held out to validate on; set one of them, "
+            "or validate.samples=0 and validate.from_split=0"
+        )
+
+
+def _ranks(config: RunConfig) -> Iterator[str]:
+    """Does this machine have what the chosen back end needs?"""
+    import torch
+
+    backend, ranks, device = config.cluster.backend, config.ranks, config.cluster.device
+    if config.nodes > 1:
+        yield f"nodes: {config.nodes} is not allowed with cluster={config.cluster.name}, this one machine; expected 1"
+    if backend == "debug" and config.gpus_per_node > 1:
+        yield f"gpus_per_node: {config.gpus_per_node} is not allowed with cluster=debug; expected 1, or cluster=local"
+    if config.mesh == "hybrid" and config.nodes == 1:
+        yield "mesh: hybrid needs nodes above 1; expected auto, replicate or full"
+    gpus = torch.cuda.device_count() if device != "cpu" else 0
+    if device == "cuda" and not gpus:
+        yield "cluster.device: cuda is not allowed, this machine has no GPU; expected auto or cpu"
+    elif 0 < gpus < ranks:
+        yield f"gpus_per_node: {config.gpus_per_node} is more than this machine's {gpus}; or set cluster.device=cpu"

@@ -1,0 +1,60 @@
+"""The `synthos` command: a table from verb to function, imported when it is called."""
+
+import importlib
+import sys
+from collections.abc import Callable
+
+from synthos.schema import unknown
+
+VERBS = {  # verb -> ("module:function", what it does)
+    "submit": ("launch.commands.submit:main", "train a recipe; the same command again continues the run"),
+    "generate": ("synthos.generate:main", "make pictures with exported weights"),
+    "data write": ("synthos.data.commands.write:main", "write a folder of pictures and captions as shards"),
+}
+
+Command = Callable[[list[str]], int | Callable[[], int]]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one verb and return its exit code; what the user wrote wrongly is one message and exit code 2.
+
+    A verb takes its arguments and returns its exit code, or else the work that remains when all input is known to be
+    good: a ValueError of that work is a fault of the code, so it keeps its traceback.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    try:
+        verb, rest = split_verb(arguments)
+        result = find(verb)(rest)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return result() if callable(result) else result
+
+
+def usage() -> str:
+    """The help page: every verb in one line."""
+    width = max(map(len, VERBS))
+    lines = [f"  {verb:<{width}}  {summary}" for verb, (_, summary) in VERBS.items()]
+    return "\n".join(["usage: synthos VERB ...", "", *lines, "", "`synthos VERB --help` says more."])
+
+
+def split_verb(arguments: list[str]) -> tuple[str, list[str]]:
+    """The verb, of one word or two, and what follows it; ValueError lists the verbs."""
+    for length in (2, 1):
+        verb = " ".join(arguments[:length])
+        if verb in VERBS:
+            return verb, arguments[length:]
+    raise ValueError(f"synthos has no verb {arguments[0]!r}; {unknown(arguments[0], list(VERBS))}")
+
+
+def find(verb: str) -> Command:
+    module, function = VERBS[verb][0].split(":")
+    command: Command = getattr(importlib.import_module(module), function)
+    return command
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,181 @@
+"""Command-line overrides to one RunConfig of the right types.
+
+Only here does Hydra run: it writes nothing, and a rank never composes again.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from synthos.schema import DataConfig, ModelConfig, PartConfig, RunConfig, load, unknown
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+CONFIGS = CHECKOUT / "configs"
+
+
+@dataclass(frozen=True)
+class Composed:
+    """What one command line asks for."""
+
+    config: RunConfig
+    dry_run: bool
+
+
+def compose(arguments: Sequence[str], config_dir: Path = CONFIGS) -> Composed:
+    """Compose `configs/run.yaml`, the chosen groups and the overrides in `arguments`.
+
+    Relative paths are taken from the current folder, so that ranks may start anywhere. Raises ValueError, in one
+    message, for what is no override, for an unknown choice, and for keys that are unknown, missing or of a wrong type.
+    """
+    known = choices(config_dir)
+    overrides = [_parse(argument) for argument in arguments]
+    problems = [problem for override in overrides for problem in _override_problems(override, known)]
+    if not {"recipe", "experiment"} & {override.key_or_group for override in overrides}:
+        problems.append(_missing_choice("recipe", known))
+    if problems:
+        raise ValueError("\n".join(problems))
+    plain = _finish(_compose(overrides, config_dir))
+    # The schema would only say that a group is missing, not what may be chosen.
+    problems = [_missing_choice(group, known) for group in known if group not in plain]
+    dry_run = plain.pop("dry_run")
+    if not isinstance(dry_run, bool):
+        problems.append(f"dry_run: {dry_run!r} is not allowed; expected true or false")
+    if problems:
+        raise ValueError("\n".join(problems))
+    return Composed(_anchor(load(RunConfig, plain), Path.cwd()), dry_run)
+
+
+def choices(config_dir: Path = CONFIGS) -> dict[str, list[str]]:
+    """The names that each config group offers."""
+    folders = sorted(folder for folder in config_dir.iterdir() if folder.is_dir())
+    return {f.name: sorted(p.relative_to(f).with_suffix("").as_posix() for p in f.rglob("*.yaml")) for f in folders}
+
+
+def _parse(argument: str) -> Override:
+    """One override. What Hydra's grammar can't read (`shards=/data/{00..13}.tar`) is taken as text, braces and all."""
+    parser = OverridesParser.create()
+    key, equals, value = argument.partition("=")
+    try:
+        return parser.parse_override(argument)
+    except HydraException:
+        text = value.replace("\\", "\\\\").replace("'", "\\'")
+    try:
+        return parser.parse_override(f"{key}='{text}'" if equals else "")
+    except HydraException:
+        raise ValueError(f"{argument!r} is no override; write key=value, as in optim.lr=1e-4") from None
+
+
+def _override_problems(override: Override, known: Mapping[str, list[str]]) -> list[str]:
+    key, line = override.key_or_group, override.input_line
+    if key == "hydra" or key.startswith("hydra."):
+        return [f"{line}: Hydra's own settings have no effect here"]
+    if override.is_sweep_override():
+        return [f"{line}: one value is expected; a list is written {key}=[a,b], a text with commas {key}='\"a,b\"'"]
+    if key in known and override.value() not in known[key]:
+        return [f"{key}: {override.value()!r} is unknown; {unknown(str(override.value()), known[key])}"]
+    return []
+
+
+def _missing_choice(group: str, known: Mapping[str, list[str]]) -> str:
+    return f"{group}: missing; choose one with {group}=<name>, known: {', '.join(known.get(group, []))}"
+
+
+def _compose(overrides: list[Override], config_dir: Path) -> DictConfig:
+    try:
+        return _run_hydra(overrides, config_dir)
+    except (HydraException, OmegaConfBaseException) as error:
+        chosen = [override for override in overrides if override.key_or_group in choices(config_dir)]
+        try:
+            base = OmegaConf.to_container(_run_hydra(chosen, config_dir))
+        except (HydraException, OmegaConfBaseException) as first:  # the choice of groups itself is at fault
+            raise ValueError(_first_paragraph(first)) from None
+        problems = [problem for o in overrides if not o.is_add() and (problem := _key_problem(o.key_or_group, base))]
+        raise ValueError("\n".join(problems) or _first_paragraph(error)) from None
+
+
+def _run_hydra(overrides: list[Override], config_dir: Path) -> DictConfig:
+    with hydra.initialize_config_dir(str(config_dir), version_base="1.3"):
+        lines = [str(override.input_line) for override in overrides]
+        return hydra.compose("run", lines, return_hydra_config=True)
+
+
+def _key_problem(key: str, base: Any) -> str | None:
+    """What is wrong with a dotted key that should exist in `base`."""
+    node, walked = base, ""
+    for part in key.split("."):
+        if not isinstance(node, Mapping):
+            return f"{key}: unknown key; {walked} is a value, not a group of keys"
+        if part not in node:
+            allowed = [str(name) for name in node if name != "hydra"]
+            add = f"entries are added with +{key}=<value>"
+            return f"{key}: unknown key; {unknown(part, allowed) if allowed else add}"
+        node, walked = node[part], f"{walked}.{part}".lstrip(".")
+    return None
+
+
+def _first_paragraph(error: Exception) -> str:
+    return str(error).split("\nConfig search path")[0].strip()
+
+
+def _finish(composed: DictConfig) -> dict[str, Any]:
+    """Plain values: names and folders filled in, interpolations resolved, Hydra's own part removed."""
+    chosen = composed.hydra.runtime.choices
+    with open_dict(composed):
+        del composed["hydra"]
+        composed.experiment = chosen.get("experiment")
+        default = Path(composed.experiment or chosen.recipe).name
+        defaults = {"name": default, "group": default, "runs_dir": CHECKOUT / "runs", "cache_dir": CHECKOUT / ".cache"}
+        for key, value in defaults.items():
+            composed[key] = str(value) if composed[key] is None else composed[key]
+        for key in ("runs_dir", "cache_dir"):  # before they are interpolated into other paths
+            composed[key] = _absolute(str(composed[key]), Path.cwd())
+    try:
+        plain = OmegaConf.to_container(composed, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ValueError(_first_paragraph(error)) from None
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def _anchor(config: RunConfig, folder: Path) -> RunConfig:
+    """The same config with its relative paths taken from `folder`."""
+    requests = config.validate.requests
+    if isinstance(requests, str):
+        requests = _absolute(requests, folder)
+    return dataclasses.replace(
+        config,
+        data=_anchor_data(config.data, folder),
+        model=_anchor_model(config.model, folder),
+        validate=dataclasses.replace(config.validate, requests=requests),
+    )
+
+
+def _anchor_data(data: DataConfig, folder: Path) -> DataConfig:
+    def anchored(shards: str | list[str] | None) -> str | list[str] | None:
+        if shards is None:
+            return None
+        return _absolute(shards, folder) if isinstance(shards, str) else [_absolute(shard, folder) for shard in shards]
+
+    return dataclasses.replace(data, shards=anchored(data.shards), validation=anchored(data.validation))
+
+
+def _anchor_model(model: ModelConfig, folder: Path) -> ModelConfig:
+    def anchored(part: PartConfig) -> PartConfig:
+        path = _absolute(part.path, folder)
+        return dataclasses.replace(part, path=path) if Path(path).is_dir() else part  # else it is a hub id
+
+    return dataclasses.replace(model, parts={name: anchored(part) for name, part in model.parts.items()})
+
+
+def _absolute(path: str, folder: Path) -> str:
+    """`path` from `folder`; addresses such as s3://bucket/a.tar stay as they are."""
+    return path if "://" in path else str(folder / Path(path).expanduser())

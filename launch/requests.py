@@ -1,0 +1,76 @@
+"""The pictures that validation is asked for: read strictly at submission, so that no run fails on them hours later."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from launch.check import FILE_NAME, FILE_NAME_WORDS, size_problems
+from synthos.schema import RunConfig, load
+
+
+def load_requests(config: RunConfig, recipe: Any) -> list[dict[str, Any]]:
+    """`validate.requests` as complete mappings of the recipe's Request, pictures by absolute path.
+
+    Paths in a JSONL file are taken from its folder, others from the current one. Raises ValueError, in one message,
+    naming each wrong line with what is wrong.
+    """
+    rows, folder = _rows(config.validate.requests)
+    problems: list[str] = []
+    requests = []
+    for path, row in rows:
+        try:
+            request = _absolute_pictures(load(recipe.Request, row, path), folder)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        problems += _problems(request, recipe.size_multiple, path)
+        requests.append(request)
+    names = [request.name for request in requests]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    problems += [f"validate.requests: the name {name!r} is used more than once" for name in repeated]
+    if problems:
+        raise ValueError("\n".join(problems))
+    return [dataclasses.asdict(request) for request in requests]
+
+
+def picture_fields(request: dict[str, Any]) -> dict[str, Path]:
+    """The fields that name picture files: every one called `reference...`, where it is set."""
+    return {key: Path(value) for key, value in request.items() if key.startswith("reference") and value is not None}
+
+
+def _rows(requests: str | list[dict[str, Any]] | None) -> tuple[list[tuple[str, Any]], Path]:
+    """Each request with the name it has in messages, and the folder that relative pictures are in."""
+    if not isinstance(requests, str):
+        return [(f"validate.requests[{i}]", row) for i, row in enumerate(requests or [])], Path.cwd()
+    file = Path(requests)
+    if not file.is_file():
+        raise ValueError(f"validate.requests: {requests} is no file; expected a list, or a JSONL file")
+    lines = [(number, line) for number, line in enumerate(file.read_text().splitlines(), 1) if line.strip()]
+    return [(f"{file.name}:{number}", _parse(line, file, number)) for number, line in lines], file.parent
+
+
+def _parse(line: str, file: Path, number: int) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"validate.requests: {file}, line {number} is no JSON: {error}") from None
+
+
+def _absolute_pictures(request: Any, folder: Path) -> Any:
+    pictures = picture_fields(dataclasses.asdict(request))
+    return dataclasses.replace(request, **{key: str(folder / path.expanduser()) for key, path in pictures.items()})
+
+
+def _problems(request: Any, size_multiple: int, path: str) -> list[str]:
+    problems = size_problems(request, size_multiple, path)
+    if not FILE_NAME.fullmatch(request.name):
+        problems.append(f"{path}.name: {request.name!r} is not allowed; expected {FILE_NAME_WORDS}")
+    for key, picture in picture_fields(dataclasses.asdict(request)).items():
+        try:
+            Image.open(picture).verify()
+        except OSError as error:  # absent, or no picture
+            problems.append(f"{path}.{key}: {picture} can't be read as a picture: {error}")
+    return problems

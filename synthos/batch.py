@@ -1,0 +1,70 @@
+"""What passes between data and recipe: what a recipe reads of a sample, and a batch of samples so read."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Features = dict[str, Tensor]  # what `encode` returns: name -> [B, ...]
+
+
+@dataclass(frozen=True)
+class Input:
+    """One thing a recipe reads of a sample.
+
+    An image arrives as uint8 [B, 3, H, W], resized to cover and centre-cropped (`shared`) or squashed whole to H x W
+    (`whole`); a text as a list of B strings. The first of `extensions` that the sample has is read.
+    """
+
+    kind: Literal["image", "text"]
+    extensions: tuple[str, ...]
+    crop: Literal["shared", "whole"] = "shared"
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One thing `encode` returns: how it would be stored, and which group of features it is encoded with.
+
+    A ragged feature has trailing rows of exact zeros beyond its length; they need not be stored.
+    """
+
+    group: Literal["target", "image", "text"]
+    dtype: torch.dtype
+    ragged: bool = False
+
+
+@dataclass
+class Batch:
+    """Samples as read: `columns` holds each of the recipe's inputs by name."""
+
+    ids: Tensor  # int64 [B]
+    epochs: Tensor  # int64 [B]
+    columns: dict[str, Tensor | list[str]]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def images(self, name: str) -> Tensor:
+        """uint8 [B, 3, H, W]."""
+        column = self.columns[name]
+        assert isinstance(column, Tensor)
+        return column
+
+    def texts(self, name: str) -> list[str]:
+        column = self.columns[name]
+        assert isinstance(column, list)
+        return column
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch with its tensors on `device`; ids and epochs stay on the CPU, where they are keys."""
+        columns = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in self.columns.items()}
+        return Batch(self.ids, self.epochs, columns)
+
+    def split(self, size: int) -> list["Batch"]:
+        """Consecutive batches of `size` samples (the last may be shorter)."""
+        return [self.slice(i, i + size) for i in range(0, len(self), size)]
+
+    def slice(self, start: int, stop: int) -> "Batch":
+        columns = {k: v[start:stop] for k, v in self.columns.items()}
+        return Batch(self.ids[start:stop], self.epochs[start:stop], columns)

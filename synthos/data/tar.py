@@ -1,0 +1,83 @@
+"""A strict walk through a tar shard: what is damaged or ambiguous is an error, where other readers go on silently.
+
+tarfile stops at the first header that it cannot read, as if the shard ended there; so the walk checks the end mark.
+"""
+
+import re
+import tarfile
+from typing import IO
+
+MAX_MEMBER_BYTES = 64 << 20
+MAX_MEMBERS = 16  # of one sample
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
+
+Span = tuple[int, int]  # offset and size of a member's bytes in the tar
+
+
+def walk(file: IO[bytes], path: str) -> dict[str, dict[str, Span]]:
+    """The samples of a shard in order: key -> extension -> span.
+
+    A key is a member's path up to the first dot of its file name; the extension is the rest, in lower case. Raises
+    ValueError naming `path` for compressed, cut or damaged tars, links, unsafe names, and doubled or split samples.
+    """
+    members, end = _members(file, path)
+    _check_end(file, path, end)
+    samples: dict[str, dict[str, Span]] = {}
+    latest = None
+    for member in members:
+        named = split_name(member.name)
+        if named is None:
+            continue
+        key, extension = named
+        if key in samples and key != latest:
+            raise ValueError(f"{path}: the key {key!r} comes back after other samples: a duplicate, or a split sample")
+        sample = samples.setdefault(key, {})
+        if extension in sample:
+            raise ValueError(f"{path}: duplicate member {member.name!r}")
+        sample[extension] = (member.offset_data, member.size)
+        if len(sample) > MAX_MEMBERS:
+            raise ValueError(f"{path}: sample {key!r} has more than {MAX_MEMBERS} members")
+        latest = key
+    return samples
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """Key and extension of a member, as webdataset splits them; None for a file that belongs to no sample."""
+    match = re.fullmatch(r"((?:.*/)?[^./][^./]*)\.([^/]+)", name.removeprefix("./"))
+    return (match[1], match[2].lower()) if match else None
+
+
+def _members(file: IO[bytes], path: str) -> tuple[list[tarfile.TarInfo], int]:
+    """The regular files of a tar, and where the last one ends."""
+    magic = file.read(2)
+    file.seek(0)
+    if magic in COMPRESSED:
+        raise ValueError(f"{path} is compressed ({COMPRESSED[magic]}); shards are read as plain tars: decompress it")
+    try:
+        with tarfile.open(fileobj=file, mode="r:", errors="strict") as tar:
+            members = tar.getmembers()
+    except (tarfile.TarError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is cut or damaged: {error}") from None
+    for member in members:
+        _check_member(member, path)
+    end = max((m.offset_data + -(-m.size // 512) * 512 for m in members), default=0)
+    return [m for m in members if m.isfile()], end
+
+
+def _check_member(member: tarfile.TarInfo, path: str) -> None:
+    if not (member.isfile() or member.isdir()) or member.issparse():
+        raise ValueError(f"{path}: {member.name!r} is a link or a device; only regular files are read")
+    if member.name.startswith("/") or ".." in member.name.split("/") or "\n" in member.name:
+        raise ValueError(f"{path}: unsafe member name {member.name!r}")
+    if member.size > MAX_MEMBER_BYTES:
+        raise ValueError(f"{path}: {member.name!r} has {member.size} bytes; at most {MAX_MEMBER_BYTES} are read")
+
+
+def _check_end(file: IO[bytes], path: str, end: int) -> None:
+    """A whole tar ends with two blocks of zeros."""
+    file.seek(end)
+    mark = file.read(1024)
+    if any(mark):
+        raise ValueError(f"{path} is damaged: no readable header at byte {end}; what follows would be lost")
+    if len(mark) < 1024:
+        raise ValueError(f"{path} is cut: it ends at byte {end + len(mark)} without an end mark")

@@ -1,0 +1,79 @@
+"""The Wan2.1 text-to-video transformer, and the image projector that lets it read CLIP tokens.
+
+Wan2.1: arXiv 2503.20314. Classes are diffusers'; the projector has the form and names of its Wan image-to-video models.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from synthos.models.parts import Models, Tensors, Tiny, meta_parameters, seeded
+
+PROJECTOR = "condition_embedder.image_embedder"
+
+TINY_TRANSFORMER = Tiny(
+    "WanTransformer3DModel",
+    {
+        "patch_size": [1, 2, 2],
+        "num_attention_heads": 4,
+        "attention_head_dim": 32,
+        "in_channels": 16,
+        "out_channels": 16,
+        "text_dim": 32,
+        "freq_dim": 64,
+        "ffn_dim": 256,
+        "num_layers": 4,
+        "rope_max_seq_len": 64,
+    },
+)
+
+
+def build_transformer(models: Models, image_dim: int) -> nn.Module:
+    """`WanTransformer3DModel` that takes image tokens of width `image_dim`.
+
+    A checkpoint without a projector (text-to-video) gets a fresh one; loading it with `image_dim=` given to
+    `from_pretrained` would leave the new tensors on the meta device. Its tokens are prepended to the text tokens and
+    share the text's keys, values and softmax.
+    """
+    transformer = models.build("transformer", TINY_TRANSFORMER)
+    embedder = transformer.condition_embedder
+    if embedder.image_embedder is None:
+        from diffusers.models.transformers.transformer_wan import WanImageEmbedding
+
+        width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
+        with meta_parameters():
+            embedder.image_embedder = WanImageEmbedding(image_dim, width).to("meta").eval()
+        transformer.register_to_config(image_dim=image_dim)
+        models.extend(transformer, _projector_init(embedder.image_embedder))
+    elif transformer.config.image_dim != image_dim:
+        raise ValueError(f"model.parts.transformer takes image tokens of width {transformer.config.image_dim}, "
+                         f"the image encoder gives {image_dim}")  # fmt: skip
+    return transformer.requires_grad_(False)
+
+
+def _projector_init(projector: nn.Module) -> Tensors:
+    """Linear weights N(0, 0.02), biases zero, LayerNorms identity."""
+    init: Tensors = {}
+    for name, parameter in projector.named_parameters():
+        shape = tuple(parameter.shape)
+        if name.endswith("bias"):
+            init[name] = lambda shape=shape: torch.zeros(shape)  # type: ignore[misc]
+        elif name.startswith("norm"):
+            init[name] = lambda shape=shape: torch.ones(shape)  # type: ignore[misc]
+        else:
+            init[name] = seeded(name, lambda g, shape=shape: 0.02 * torch.randn(shape, generator=g))  # type: ignore[misc]
+    return {f"{PROJECTOR}.{name}": make for name, make in init.items()}
+
+
+def predict(network: nn.Module, x_t: Tensor, t: Tensor, text: Tensor, image: Tensor, dtype: torch.dtype) -> Tensor:
+    """The velocity at noised latents `x_t` [B, C, 1, h, w] and times `t` [B] in [0, 1000]; float32 [B, C, 1, h, w].
+
+    Times stay float32: bfloat16 cannot tell 998 from 999.
+    """
+    output: Tensor = network(
+        hidden_states=x_t.to(dtype),
+        timestep=t.float(),
+        encoder_hidden_states=text.to(dtype),
+        encoder_hidden_states_image=image.to(dtype),
+        return_dict=False,
+    )[0]
+    return output.float()

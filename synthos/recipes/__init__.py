@@ -1,0 +1,1 @@
+"""One file per learning task; `synthos.recipes.<name>.RECIPE` is the class."""

@@ -1,0 +1,123 @@
+"""The contract between a recipe and the rest of the house.
+
+Shape letters, here and in every recipe: B batch, C channels, H W pixels, h w latent pixels, N tokens, D width, R requests.
+
+Where a recipe's code runs: `encode` without gradients, from pixels or read back from a cache; `loss` inside the training
+step; `sample` in validation and in `synthos generate`. `loss` and `sample` call `self.network(...)` only, so that
+sharding may wrap it; both are collective under sharding, so the number of network calls depends on settings alone.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from synthos.batch import Batch, Feature, Features, Input
+from synthos.keys import Draws
+from synthos.models.parts import Models
+
+Images = Tensor  # [R, 3, H, W], float32 in [0, 1]
+
+
+@dataclass
+class Loss:
+    """What `loss` returns; everything is float32 [B]."""
+
+    per_sample: Tensor  # its mean over the global batch is minimised
+    t: Tensor  # time of each sample in [0, 1], 1 is pure noise
+    parts: dict[str, Tensor] = field(default_factory=dict)  # further terms, logged by name
+
+
+@dataclass
+class Encoded:
+    """Requests as the network meets them; the settings of one request are plain JSON values.
+
+    Every setting holds at least name, prompt, seed, height, width, steps, sampler and guided.
+    """
+
+    conditions: Features  # each [R, ...]
+    negatives: Features  # what stands for the null text in the unguided branches, each [R, ...]
+    settings: list[dict[str, Any]]
+
+    GROUP_BY: ClassVar[tuple[str, ...]] = ("height", "width", "steps", "sampler", "guided")
+
+    def __len__(self) -> int:
+        return len(self.settings)
+
+    def select(self, rows: list[int], device: torch.device | str = "cpu") -> "Encoded":
+        pick = {k: v[rows].to(device) for k, v in self.conditions.items()}
+        negatives = {k: v[rows].to(device) for k, v in self.negatives.items()}
+        return Encoded(pick, negatives, [self.settings[i] for i in rows])
+
+    def groups(self) -> list[list[int]]:
+        """Rows that can share one batch: equal size, steps, sampler and use of guidance, in first-seen order."""
+        groups: dict[tuple[Any, ...], list[int]] = {}
+        for row, setting in enumerate(self.settings):
+            groups.setdefault(tuple(setting[k] for k in self.GROUP_BY), []).append(row)
+        return list(groups.values())
+
+
+class Recipe(Protocol):
+    """One learning task. The file names its class in `RECIPE`; `build` finds it by the file's name."""
+
+    Config: ClassVar[type]  # dataclass: every hyperparameter, its unit in a trailing comment
+    Request: ClassVar[type]  # dataclass: what one picture is asked with; `reference` fields are picture paths
+    inputs: ClassVar[dict[str, Input]]
+    features: ClassVar[dict[str, Feature]]
+
+    network: nn.Module  # one module with a forward; sharded; its requires_grad parameters are optimised, averaged, saved
+    encoders: nn.ModuleDict  # frozen; serve `encode` and `encode_requests` only
+    frozen: nn.ModuleDict  # frozen; serve `encode`, `loss` and `sample`; never saved
+    compute_dtype: torch.dtype  # set by build; the recipe casts what it passes to the network, times excepted
+
+    def __init__(self, config: Any, models: Models, encoders: bool = True) -> None: ...
+
+    def fsdp_units(self) -> list[nn.Module]:
+        """Modules inside `network` that are sharded on their own, inner before outer."""
+        ...
+
+    def param_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Trained parameters by group; each group may have its own learning rate."""
+        ...
+
+    def encode(self, batch: Batch, group: str) -> Features:
+        """The features of one group. No gradients, no randomness but the sample's crop: cacheable."""
+        ...
+
+    def encode_requests(self, requests: list[Any], size: tuple[int, int]) -> Encoded:
+        """Conditions, negative conditions and settings; `size` = (H, W) of training fills what a request leaves open."""
+        ...
+
+    def null(self) -> Features:
+        """The null condition of each dropped feature, [1, ...]; made once and kept with the weights."""
+        ...
+
+    def loss(self, features: Features, null: Features, draws: Draws) -> Loss: ...
+
+    def sample(self, requests: Encoded, null: Features, draws: Draws) -> Images: ...
+
+
+def save_encoded(path: Path, encoded: Encoded, null: Features) -> None:
+    """Write encoded requests and null conditions to one safetensors file."""
+    tensors = {f"condition.{k}": v for k, v in encoded.conditions.items()}
+    tensors |= {f"negative.{k}": v for k, v in encoded.negatives.items()}
+    tensors |= {f"null.{k}": v for k, v in null.items()}
+    part = path.with_suffix(".part")
+    save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, part, {"settings": json.dumps(encoded.settings)})
+    part.replace(path)
+
+
+def load_encoded(path: Path) -> tuple[Encoded, Features]:
+    """What `save_encoded` wrote."""
+    kinds: dict[str, Features] = {"condition": {}, "negative": {}, "null": {}}
+    with safe_open(path, "pt") as file:
+        for key in file.keys():  # noqa: SIM118: safe_open is no mapping
+            kind, name = key.split(".", 1)
+            kinds[kind][name] = file.get_tensor(key)
+        settings = json.loads(file.metadata()["settings"])
+    return Encoded(kinds["condition"], kinds["negative"], settings), kinds["null"]

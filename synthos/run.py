@@ -1,0 +1,80 @@
+"""Entry of every rank: frozen config -> objects -> training -> verdict.
+
+    torchrun ... -m synthos.run RUN_DIR
+"""
+
+import json
+import logging
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from synthos.schema import RunConfig, read_config
+
+
+def main(run_dir: Path, attempt: int) -> dict[str, Any]:
+    """Run one attempt of the run in `run_dir` on this rank; returns the verdict, which rank 0 has also written.
+
+    An error of any rank is written as the verdict too, and raised.
+    """
+    from synthos.build import build_job
+    from synthos.train.distributed import open_world
+    from synthos.train.loop import train
+    from synthos.train.stop import Stop
+
+    run_dir = run_dir.resolve()
+    config = read_config(RunConfig, run_dir / "config.yaml")
+    rank = int(os.environ.get("RANK", "0"))
+    handler = _open_log(run_dir / "attempts" / f"{attempt:04d}" / f"rank-{rank:05d}.log")
+    verdict: dict[str, Any] = {"status": "failed", "cause": "error", "step": None}
+    report = None
+    try:
+        world = open_world(config)
+        with Stop(run_dir / "control" / "stop", world) as stop:
+            job = build_job(config, run_dir, world, stop, attempt)
+            report = job.report
+            verdict = train(job)
+            job.stream.close()
+            world.barrier()
+    finally:
+        verdict = {**verdict, "attempt": attempt, "message": _error()}
+        if report:
+            report.close(verdict)
+        if rank == 0 or verdict["status"] == "failed":
+            _write_verdict(run_dir / "control" / "verdict.json", verdict)
+        logging.getLogger("synthos").removeHandler(handler)
+        handler.close()
+    world.close()
+    return verdict
+
+
+def _error() -> str:
+    """The error being raised right now in one line, logged whole; empty when there is none."""
+    error = sys.exc_info()[1]
+    if error is None:
+        return ""
+    logging.getLogger("synthos").error("%s", traceback.format_exc())
+    return f"{type(error).__name__}: {error}"
+
+
+def _open_log(path: Path) -> logging.Handler:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logger = logging.getLogger("synthos")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    return handler
+
+
+def _write_verdict(path: Path, verdict: dict[str, Any]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.part")
+    part.write_text(json.dumps(verdict, indent=1))
+    part.replace(path)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(os.environ.get("SYNTHOS_ATTEMPT", "1")))

@@ -1,0 +1,182 @@
+"""The training loop. It knows recipes by their contract only."""
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from synthos.batch import Batch, Features
+from synthos.keys import KeyedDraws
+from synthos.recipes.base import Loss, Recipe
+from synthos.schema import RunConfig
+from synthos.train.checkpoint import Checkpoints
+from synthos.train.distributed import World, fsdp_modules, set_training
+from synthos.train.optim import clip_gradients, set_lr
+from synthos.train.report import Report
+from synthos.train.state import TrainState
+from synthos.train.stop import Stop
+from synthos.train.validate import Validator, encode_all
+
+T_BINS = 4  # of train/loss_by_t
+
+
+class Stream(Protocol):
+    """What the loop needs of the data: this rank's share of one global batch after another."""
+
+    def next(self) -> Batch: ...
+
+    def digest(self) -> str: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Export(Protocol):
+    """Writes the trained weights for generation; collective."""
+
+    def __call__(self, state: TrainState) -> Path: ...
+
+
+@dataclass
+class Job:
+    """Everything one training run is made of; `build` puts it together."""
+
+    config: RunConfig
+    world: World
+    recipe: Recipe
+    state: TrainState
+    stream: Stream
+    null: Features
+    validator: Validator
+    checkpoints: Checkpoints
+    report: Report
+    stop: Stop
+    export: Export
+    last_step: int
+
+
+def train(job: Job) -> dict[str, Any]:
+    """Train from the newest whole checkpoint, or from the start, to the last step or a stop; returns the verdict."""
+    config, state = job.config, job.state
+    stream_state = job.checkpoints.restore(state)
+    if stream_state is not None:
+        job.stream.load_state_dict(stream_state)
+    job.report.start(state.step, job.last_step)
+    set_training(job.recipe.network, True)
+    stopping = ""
+    while True:
+        if state.validation_due and not stopping:  # also the baseline at step 0, and one that a stop had cut short
+            stopping = _validate(job)
+        done = state.step >= job.last_step
+        if stopping or done or _due(config.checkpoint.every, state.step) or _among_best(job):
+            job.checkpoints.save(state, job.stream.state_dict())
+        if stopping:
+            return {"status": "stopped", "cause": stopping, "step": state.step}
+        if done:
+            return {"status": "done", "cause": "finished", "step": state.step, "weights": str(job.export(state))}
+        metrics = update(job)
+        job.report.step(state.step, metrics)
+        stopping = job.stop.agreed()
+        state.validation_due = _due(config.validate.every, state.step) or state.step == job.last_step
+
+
+def update(job: Job) -> dict[str, float | str]:
+    """One optimiser step on the next global batch; returns what is logged of it, equal on every rank."""
+    config, state, recipe = job.config, job.state, job.recipe
+    started = time.perf_counter()
+    batch = job.stream.next()
+    waited = time.perf_counter() - started
+    micro_batches = batch.split(config.batch.micro)
+    meter = Meter()
+    for index, micro in enumerate(micro_batches):
+        _sync_gradients(recipe, last=index == len(micro_batches) - 1)
+        features = encode_all(recipe, micro.to(job.world.device))
+        loss = recipe.loss(features, job.null, KeyedDraws(config.seed, micro.ids, micro.epochs, job.world.device))
+        (loss.per_sample.mean() / len(micro_batches)).backward()  # type: ignore[no-untyped-call]
+        meter.add(loss)
+    norms, norm = clip_gradients(state.groups, config.optim.clip)
+    metrics: dict[str, float | str] = dict(meter.reduce(job.world))
+    _check_finite(metrics["train/loss"], norm, state.step, job.stream.digest())
+    rates = set_lr(state.optimizer, config.optim, state.step, job.last_step)
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    if state.ema:
+        state.ema.update(state.step)
+    state.images_seen += config.batch.size
+    assert not any(m.training for part in (recipe.encoders, recipe.frozen) for m in part.modules() if m is not part)
+    job.report.trace(state.step, batch.ids)
+    metrics |= {f"train/lr/{name}": rate for name, rate in rates.items()}
+    metrics |= {f"train/grad_norm/{name}": value for name, value in norms.items()}
+    seconds = time.perf_counter() - started
+    metrics |= {"train/grad_norm": norm, "train/samples_per_s": config.batch.size / seconds}
+    metrics |= {"data/wait_s": waited, "data/wait": waited / seconds, "data/digest": job.stream.digest()}
+    return metrics
+
+
+class Meter:
+    """Sums of what a step's micro-batches returned, and their means over the global batch."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, loss: Loss) -> None:
+        """Take in one micro-batch; values stay on the device."""
+        bins = (loss.t.detach() * T_BINS).long().clamp(max=T_BINS - 1)
+        columns = {"train/loss": loss.per_sample, "train/sigma_mean": loss.t}
+        columns |= {f"train/loss_{name}": value for name, value in loss.parts.items()}
+        self._sum({name: value.detach() for name, value in columns.items()}, torch.ones_like(loss.t))
+        for index in range(T_BINS):
+            self._sum({f"train/loss_by_t/{index}": loss.per_sample.detach()}, (bins == index).to(loss.t))
+
+    def reduce(self, world: World) -> dict[str, float]:
+        """Means over every sample of every rank; a bin without samples is left out. Collective."""
+        table = world.reduce(torch.stack(list(self.sums.values())).double().cpu())
+        return {name: s / n for name, (s, n) in zip(self.sums, table.tolist(), strict=True) if n}
+
+    def _sum(self, columns: dict[str, Tensor], weight: Tensor) -> None:
+        for name, value in columns.items():
+            # where, not a product: a NaN must stay out of bins it does not belong to
+            row = torch.stack([torch.where(weight > 0, value.float(), 0.0).sum(), weight.float().sum()])
+            self.sums[name] = self.sums[name] + row if name in self.sums else row
+
+
+def _validate(job: Job) -> str:
+    """Validate at the current step; the cause of a stop that cut it short, or ""."""
+    validation = job.validator.run(job.state.ema, job.stop)
+    if validation is None:
+        return job.stop.agreed()
+    job.state.validation_due = False
+    job.report.validation(job.state.step, validation, job.validator.requests.settings)
+    loss = validation.losses.get("val/loss_ema", validation.losses.get("val/loss"))
+    if loss is not None and job.state.step:
+        ranked = sorted([*job.state.best, (loss, job.state.step)])
+        job.state.best = ranked[: job.config.checkpoint.keep_best]
+    return ""
+
+
+def _among_best(job: Job) -> bool:
+    return any(step == job.state.step for _, step in job.state.best)
+
+
+def _due(every: int | None, step: int) -> bool:
+    return bool(every) and step > 0 and step % (every or 1) == 0
+
+
+def _sync_gradients(recipe: Recipe, last: bool) -> None:
+    """Reduce gradients over ranks in the last micro-batch only."""
+    for module in fsdp_modules(recipe.network):
+        module.set_requires_gradient_sync(last, recurse=False)
+
+
+def _check_finite(loss: float | str, norm: float, step: int, digest: str) -> None:
+    """Every rank sees the same reduced numbers, so every rank raises together and nothing is written."""
+    if not (math.isfinite(float(loss)) and math.isfinite(norm)):
+        raise RuntimeError(
+            f"step {step + 1}: loss {loss}, gradient norm {norm:g}, for the global batch {digest}; no weight was changed. "
+            "The run can go on from its last checkpoint, with a lower optim.lr or a tighter optim.clip"
+        )

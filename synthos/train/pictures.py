@@ -1,0 +1,53 @@
+"""Pictures for people: what was asked for and what came, on one card."""
+
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+MARGIN = 8  # pixels
+
+
+def to_image(picture: Tensor) -> Image.Image:
+    """[3, H, W] in [0, 1] as an 8-bit picture."""
+    array = (picture.float().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)
+    return Image.fromarray(array.cpu().numpy())
+
+
+def card(picture: Tensor, reference: Path | None, prompt: str) -> Image.Image:
+    """Reference and generated picture side by side, the prompt under them; small pictures are enlarged."""
+    made = to_image(picture)
+    tiles = [_like(Image.open(reference), made), made] if reference else [made]
+    scale = max(1, 256 // made.height)
+    tiles = [t.resize((t.width * scale, t.height * scale), Image.Resampling.NEAREST) for t in tiles]
+    sheet_width = sum(t.width + MARGIN for t in tiles) + MARGIN
+    font = ImageFont.load_default(size=14)
+    lines = textwrap.wrap(prompt or "(no prompt)", max(10, sheet_width // 8))
+    sheet = Image.new("RGB", (sheet_width, tiles[0].height + 2 * MARGIN + 18 * len(lines) + MARGIN), "white")
+    for index, tile in enumerate(tiles):
+        sheet.paste(tile, (MARGIN + index * (tile.width + MARGIN), MARGIN))
+    ImageDraw.Draw(sheet).text((MARGIN, tiles[0].height + 2 * MARGIN), "\n".join(lines), fill="black", font=font)
+    return sheet
+
+
+def grid(rows: list[list[Tensor]], gap: int = 4, scale: int = 1) -> Image.Image:
+    """Pictures [3, H, W] of one size in rows and columns."""
+    height, width = rows[0][0].shape[-2:]
+    columns = max(len(row) for row in rows)
+    sheet = np.full((len(rows) * (height + gap) + gap, columns * (width + gap) + gap, 3), 255, np.uint8)
+    for y, row in enumerate(rows):
+        for x, picture in enumerate(row):
+            top, left = gap + y * (height + gap), gap + x * (width + gap)
+            sheet[top : top + height, left : left + width] = np.asarray(to_image(picture))
+    image = Image.fromarray(sheet)
+    return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+
+
+def _like(reference: Image.Image, made: Image.Image) -> Image.Image:
+    """The reference resized to cover, and centre-cropped to, the size of the generated picture."""
+    from PIL import ImageOps
+
+    return ImageOps.fit(ImageOps.exif_transpose(reference).convert("RGB"), made.size, Image.Resampling.LANCZOS)

@@ -1,0 +1,218 @@
+"""What a run says of itself: metrics.jsonl, W&B, pictures, a progress line, a heartbeat, and the trace of its samples."""
+
+import json
+import netrc
+import os
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from synthos.schema import RunConfig, dump
+from synthos.train.distributed import World
+from synthos.train.pictures import card, to_image
+from synthos.train.validate import Validation
+
+TRACE = np.dtype([("step", "<u8"), ("id", "<u8")])  # one row per consumed sample, in data/trace-rank-*.bin
+
+
+class Report:
+    """The report of one attempt. Every rank writes its trace; rank 0 writes all else.
+
+    The same numbers go to metrics.jsonl and to W&B. Lines beyond the restored step are cut, so that the file always
+    tells one uninterrupted story.
+    """
+
+    HEARTBEAT_SECONDS = 5.0
+    LINE_SECONDS = 15.0  # between progress lines where the output is no terminal
+
+    def __init__(self, folder: Path, config: RunConfig, world: World, attempt: int) -> None:
+        self.folder, self.config, self.world, self.attempt = folder, config, world, attempt
+        self.wandb: Any = None
+        self.progress: Progress | None = None
+        self.last_step = 0
+        self.beat = self.line = 0.0
+        self.rate = 0.0  # images per second, smoothed
+        self.step_at: tuple[int, float] = (0, 0.0)
+
+    def start(self, step: int, last_step: int) -> None:
+        """Open everything at the step the run goes on from."""
+        self.last_step, self.step_at = last_step, (step, time.monotonic())
+        (self.folder / "data").mkdir(exist_ok=True)
+        path = self.folder / "data" / f"trace-rank-{self.world.rank:05d}.bin"
+        self.trace_file = path.open("ab", buffering=0)
+        if not self.world.is_main:
+            return
+        self._cut_metrics(step)
+        self.metrics_file = (self.folder / "metrics.jsonl").open("a", buffering=1)
+        self._open_wandb()
+        self._log({"attempt": self.attempt, "attempt/restart_step": step}, step)
+        self._open_progress(step)
+
+    def step(self, step: int, metrics: dict[str, float | str]) -> None:
+        """Log one optimiser step."""
+        if not self.world.is_main:
+            return
+        self._log(metrics, step)
+        self._show(step, metrics)
+
+    def validation(self, step: int, validation: Validation, settings: list[dict[str, Any]]) -> None:
+        """Log a validation and save its pictures, each on a card with its reference and prompt."""
+        if not self.world.is_main:
+            return
+        folder = self.folder / "samples" / f"step_{step:08d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        pictures = {}
+        for setting in settings:
+            made = validation.pictures[setting["name"]]
+            reference = Path(setting["reference"]) if setting.get("reference") else None
+            to_image(made).save(folder / f"{setting['name']}.png")
+            shown = card(made, reference, setting["prompt"])
+            (folder / "cards").mkdir(exist_ok=True)
+            shown.save(folder / "cards" / f"{setting['name']}.png")
+            pictures[f"val/samples/{setting['name']}"] = (shown, setting["prompt"])
+        self._log(validation.losses, step)
+        if self.wandb:
+            import wandb
+
+            images = {key: wandb.Image(shown, caption=prompt) for key, (shown, prompt) in pictures.items()}
+            self.wandb.log({**images, "step": step})
+        if "val/loss" in validation.losses:
+            self._say(f"step {step}: validation loss {validation.losses['val/loss']:.4f}")
+
+    def trace(self, step: int, ids: Tensor) -> None:
+        """Append this rank's consumed sample ids."""
+        rows = np.empty(len(ids), TRACE)
+        rows["step"], rows["id"] = step, ids.numpy().view(np.uint64)
+        self.trace_file.write(rows.tobytes())
+
+    def close(self, verdict: dict[str, Any]) -> None:
+        """Close everything; the verdict ends the W&B run's summary."""
+        if self.progress:
+            self.progress.stop()
+        if self.wandb:
+            self.wandb.summary.update({"status": verdict["status"], "cause": verdict["cause"]})
+            self.wandb.finish(exit_code=0 if verdict["status"] != "failed" else 1)
+        for name in ("trace_file", "metrics_file"):
+            if hasattr(self, name):
+                getattr(self, name).close()
+
+    def _cut_metrics(self, step: int) -> None:
+        path = self.folder / "metrics.jsonl"
+        if not path.exists():
+            return
+        kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+        part = path.with_suffix(".part")
+        part.write_text("".join(f"{line}\n" for line in kept))
+        part.replace(path)
+
+    def _log(self, metrics: dict[str, Any], step: int) -> None:
+        self.metrics_file.write(json.dumps({"step": step, **metrics}) + "\n")
+        if self.wandb:
+            numbers = {key: value for key, value in metrics.items() if not isinstance(value, str)}
+            self.wandb.log({"step": step, **numbers})
+
+    def _open_wandb(self) -> None:
+        mode = wandb_mode(self.config.wandb.mode)
+        if mode == "off":
+            return
+        import wandb
+
+        settings = self.config.wandb
+        self.wandb = wandb.init(
+            id=_wandb_id(self.folder),
+            resume="allow" if mode == "online" else None,
+            mode=mode,
+            dir=self.folder,
+            project=settings.project,
+            entity=settings.entity,
+            name=settings.name or self.folder.name,
+            group=settings.group or self.config.group,
+            job_type=self.config.recipe["name"],
+            tags=[*settings.tags],
+            config=dump(self.config),
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+        self.wandb.define_metric("*", step_metric="step")
+
+    def _open_progress(self, step: int) -> None:
+        tty = os.environ.get("SYNTHOS_TTY")  # set by the node's agent, which stands between us and the terminal
+        console = Console(force_terminal=tty == "1" or None)
+        if not console.is_terminal:
+            return
+        columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(None), TextColumn("{task.description}"),
+                   TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())  # fmt: skip
+        self.progress = Progress(*columns, console=console, refresh_per_second=2)
+        self.task = self.progress.add_task("starting", total=self.last_step, completed=step)
+        self.progress.start()
+
+    def _show(self, step: int, metrics: dict[str, float | str]) -> None:
+        now = time.monotonic()
+        last, at = self.step_at
+        current = (step - last) * self.config.batch.size / max(1e-9, now - at)
+        self.rate = current if not self.rate else 0.95 * self.rate + 0.05 * current
+        self.step_at = (step, now)
+        text = f"loss {metrics['train/loss']:.4f}  {self.rate:.1f} images/s  data wait {100 * float(metrics['data/wait']):.0f} %"
+        if self.progress:
+            self.progress.update(self.task, completed=step, description=text)
+        elif now - self.line > self.LINE_SECONDS or step == self.last_step:
+            self.line = now
+            self._say(f"step {step}/{self.last_step}  {text}  ETA {_duration(self._eta(step))}")
+        if now - self.beat > self.HEARTBEAT_SECONDS:
+            self.beat = now
+            self._heartbeat(step, metrics)
+
+    def _eta(self, step: int) -> float:
+        return (self.last_step - step) * self.config.batch.size / max(1e-9, self.rate)
+
+    def _heartbeat(self, step: int, metrics: dict[str, float | str]) -> None:
+        path = self.folder / "control" / "heartbeat.json"
+        part = path.with_suffix(".part")
+        beat = {"time": time.time(), "step": step, "last_step": self.last_step, "attempt": self.attempt,
+                "loss": metrics["train/loss"], "images_per_s": self.rate, "eta_s": self._eta(step)}  # fmt: skip
+        part.write_text(json.dumps(beat))
+        part.replace(path)
+
+    def _say(self, line: str) -> None:
+        print_to = self.progress.console.print if self.progress else print
+        print_to(line, flush=True) if print_to is print else print_to(line)
+
+
+def wandb_mode(mode: str) -> str:
+    """`auto` is online where a key is at hand, else offline; a missing key never becomes a prompt."""
+    if mode != "auto":
+        return mode
+    return "online" if os.environ.get("WANDB_API_KEY") or _netrc_key() else "offline"
+
+
+def _netrc_key() -> bool:
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _wandb_id(folder: Path) -> str:
+    """One W&B run through every attempt of a run folder."""
+    path = folder / "wandb" / "run_id"
+    path.parent.mkdir(exist_ok=True)
+    if not path.exists():
+        path.write_text(uuid.uuid4().hex[:16])
+    return path.read_text()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except ValueError:
+        return float("inf")  # a line that a kill cut short
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

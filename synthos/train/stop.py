@@ -1,0 +1,61 @@
+"""One stop protocol: whatever asks a run to end sets a flag; the ranks agree on the step at which they obey."""
+
+import json
+import signal
+import time
+from pathlib import Path
+from types import FrameType, TracebackType
+
+import torch
+import torch.distributed as dist
+
+from synthos.train.distributed import World
+
+CAUSES = ("", "stop", "interrupt", "terminate")  # of rising rank; an index travels between ranks
+SIGNALS = {signal.SIGINT: "interrupt", signal.SIGTERM: "terminate"}
+
+
+class Stop:
+    """Watches for signals to this rank and, on rank 0, for `control/stop`, a JSON file {"cause": ...}.
+
+    Used as a context manager, which puts the former signal handlers back. A second Ctrl-C raises KeyboardInterrupt.
+    """
+
+    POLL_SECONDS = 1.0  # how often the file is looked for: shared folders are slow
+
+    def __init__(self, file: Path, world: World) -> None:
+        self.file, self.world = file, world
+        self.code = 0
+        self.polled = 0.0
+        self.former: dict[signal.Signals, signal._HANDLER] = {}
+
+    def __enter__(self) -> "Stop":
+        self.former = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for number, handler in self.former.items():
+            signal.signal(number, handler)
+
+    def agreed(self) -> str:
+        """The cause all ranks stop for now, or "" to go on; collective."""
+        if self.world.is_main and time.monotonic() - self.polled > self.POLL_SECONDS:
+            self.polled = time.monotonic()
+            self.code = max(self.code, self._read_file())
+        code = self.world.reduce(torch.tensor(self.code), dist.ReduceOp.MAX)
+        return CAUSES[int(code)]
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        cause = SIGNALS[signal.Signals(number)]
+        if cause == "interrupt" and CAUSES[self.code] == "interrupt":
+            raise KeyboardInterrupt
+        self.code = max(self.code, CAUSES.index(cause))
+
+    def _read_file(self) -> int:
+        try:
+            cause = json.loads(self.file.read_text() or "{}").get("cause", "stop")
+        except FileNotFoundError:
+            return 0
+        except (ValueError, AttributeError):
+            cause = "stop"
+        return CAUSES.index(cause) if cause in CAUSES[1:] else CAUSES.index("stop")

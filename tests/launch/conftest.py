@@ -1,0 +1,71 @@
+"""A small data set, a command line that is right in every respect, and `submit`, which runs it in this process."""
+
+import io
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from launch.cli import main
+from synthos.data.index import open_index
+
+Submit = Callable[..., int]
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two indexed shards of twelve captioned 40 x 40 pictures each."""
+    folder = tmp_path_factory.mktemp("shards")
+    for number in range(2):
+        write_shard(folder / f"{number:05d}.tar", {f"{number}{key:04d}": "a plain colour" for key in range(12)})
+        open_index(str(folder / f"{number:05d}.tar"))
+    return folder
+
+
+def write_shard(path: Path, captions: dict[str, str | None]) -> None:
+    """A tar of one-coloured pictures by key, each with its caption, or without one where it is None."""
+    with tarfile.open(path, "w") as tar:
+        for number, (key, caption) in enumerate(captions.items()):
+            picture = io.BytesIO()
+            Image.new("RGB", (40, 40), (number * 20, 90, 50)).save(picture, "jpeg")
+            _add(tar, f"{key}.jpg", picture.getvalue())
+            if caption is not None:
+                _add(tar, f"{key}.txt", caption.encode())
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+@pytest.fixture
+def arguments(tmp_path: Path, shards: Path) -> list[str]:
+    """A run of three steps on one CPU, everything it writes under tmp_path."""
+    return [
+        *("recipe=i2i", "model=tiny", "cluster=debug", "cluster.device=cpu", "precision=fp32", "wandb.mode=off"),
+        *(f"data.shards={shards}", "data.holdout_fraction=0.2", "data.height=32", "data.width=32", "data.workers=0"),
+        *("batch.size=4", "batch.micro=2", "optim.steps=3", "recipe.text_length=8", "validate.every=null"),
+        *("validate.samples=2", "validate.from_split=0", "checkpoint.every=null"),
+        *(f"runs_dir={tmp_path / 'runs'}", f"cache_dir={tmp_path / 'cache'}"),
+    ]
+
+
+@pytest.fixture
+def submit(arguments: list[str]) -> Submit:
+    """`synthos submit` with the right command line and what a test changes of it; returns the exit code."""
+
+    def run(*overrides: str) -> int:
+        changed = {override.lstrip("+~").split("=")[0] for override in overrides}
+        kept = [argument for argument in arguments if argument.split("=")[0] not in changed]
+        return main(["submit", *kept, *overrides])
+
+    return run
+
+
+def tree(*folders: Path) -> dict[str, tuple[int, int]]:
+    """Every file and folder below, with size and time of its last change."""
+    paths = [path for folder in folders for path in (folder, *folder.rglob("*")) if path.exists()]
+    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in paths}

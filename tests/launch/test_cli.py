@@ -1,0 +1,49 @@
+"""The table of verbs."""
+
+import importlib.util
+
+import pytest
+
+from launch import cli
+
+
+def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]):
+    assert cli.main([]) == cli.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(verb in shown and summary in shown for verb, (_, summary) in cli.VERBS.items())
+
+
+def test_every_verb_names_a_function():
+    for verb in cli.VERBS:
+        assert callable(cli.find(verb))
+
+
+def test_verbs_of_two_words():
+    assert cli.split_verb(["data", "write", "a=1"]) == ("data write", ["a=1"])
+    assert cli.split_verb(["submit", "write"]) == ("submit", ["write"])
+
+
+def test_an_unknown_verb_is_one_message(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["sbmit"]) == 2
+    assert capsys.readouterr().err == (
+        "error: synthos has no verb 'sbmit'; did you mean 'submit'? allowed: data write, generate, submit\n"
+    )
+
+
+def test_faults_of_the_user_are_a_message_and_faults_of_the_code_raise(
+    tmp_path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "verbs_for_test.py").write_text(
+        "def user(arguments):\n    raise ValueError(f'no {arguments[0]}')\n"
+        "def code(arguments):\n    return lambda: int('x')\n"
+        "def fine(arguments):\n    return lambda: 7\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert importlib.util.find_spec("verbs_for_test")
+    for name in ("user", "code", "fine"):
+        monkeypatch.setitem(cli.VERBS, name, (f"verbs_for_test:{name}", ""))
+    assert cli.main(["user", "hat"]) == 2
+    assert capsys.readouterr().err == "error: no hat\n"
+    assert cli.main(["fine"]) == 7
+    with pytest.raises(ValueError, match="invalid literal"):
+        cli.main(["code"])
