@@ -3,8 +3,8 @@
     python -m benchmarks.learning                      the demo: i2i on 2 ranks, seed 0
     python -m benchmarks.learning --seed 1 --ranks 1
 
-Two held-out sets: `region`, crops of the right 30 % of photographs whose left 70 % was trained on, and `photo`, crops of
-photographs never trained on. Every measure asks with the empty prompt, so that only the image tokens can help:
+Two held-out sets: `region`, crops of the right 30 % of photographs whose left 70 % was trained on, and `photo`, crops
+of photographs never trained on. Every measure asks with the empty prompt, so that only the image tokens can help:
 
 - fixed-grid loss before and after training, and after training with image tokens over without;
 - matching score: over ordered pairs of held-out pictures, how often the picture generated from a reference is nearer to
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
+from synthos.batch import Input
 from synthos.build import build_recipe, fill_frozen
 from synthos.data.stream import HeldOut
 from synthos.generate import Generator, load
@@ -33,7 +34,7 @@ from synthos.recipes.base import Encoded
 from synthos.schema import RunConfig, read_config
 from synthos.train.distributed import World, fill_whole, open_world
 from synthos.train.pictures import grid
-from synthos.train.validate import Validator
+from synthos.train.validate import Validator, sample
 
 SPLITS = ("region", "photo")
 ROOT = Path(__file__).parents[1]
@@ -55,17 +56,19 @@ def main() -> int:
 
 def train(experiment: str, seed: int, ranks: int, overrides: list[str]) -> tuple[Path, float]:
     """Run the experiment by the one command; its folder, and the wall time in seconds."""
+    from launch.cli import main as synthos
+    from launch.commands.submit import make_plan
     from launch.compose import compose
-    from launch.commands.submit import main as submit
-    from launch.rundir import run_folder
 
     command = ["recipe=i2i", f"experiment={experiment}", f"seed={seed}", f"gpus_per_node={ranks}", "cluster=local"]
     command += overrides
     started = time.monotonic()
-    code = submit(command)
+    code = synthos(["submit", *command])
     if code:
         sys.exit(code)
-    return run_folder(compose(command)), time.monotonic() - started
+    folder = make_plan(compose(command).config, dry_run=True).folder
+    assert folder is not None, "the data was indexed by the run"
+    return folder, time.monotonic() - started
 
 
 def measure(run_dir: Path, out: Path) -> dict[str, Any]:
@@ -79,9 +82,10 @@ def measure(run_dir: Path, out: Path) -> dict[str, Any]:
     rows: list[list[Tensor]] = []
     for split in SPLITS:
         folder = str(Path(config.cache_dir) / "photos" / split)
-        held_out = HeldOut(dataclasses.replace(config.data, validation=folder), trained.recipe.inputs)
+        inputs = {**trained.recipe.inputs, "about": Input("text", ("json",))}
+        held_out = HeldOut(dataclasses.replace(config.data, validation=folder), inputs)
         results[split] = measure_losses(trained, untrained, held_out, world)
-        scores, references, made = measure_matching(trained, held_out, photographs(held_out, folder))
+        scores, references, made = measure_matching(trained, held_out)
         results[split] |= scores
         picks = list(range(0, len(references), max(1, len(references) // 12)))[:12]
         rows += [[references[i] for i in picks], [made[i] for i in picks]]
@@ -115,13 +119,13 @@ def measure_losses(trained: Generator, untrained: Generator, held_out: HeldOut, 
     return {"loss_start": start, "loss_end": end, "end_over_start": end / start, "with_over_without": end / without}
 
 
-def measure_matching(
-    trained: Generator, held_out: HeldOut, photos: list[str]
-) -> tuple[dict[str, float], list[Tensor], list[Tensor]]:
+def measure_matching(trained: Generator, held_out: HeldOut) -> tuple[dict[str, float], list[Tensor], list[Tensor]]:
     """Matching scores with and without the image; references and generated pictures, [3, H, W] in [0, 1]."""
     rows = list(range(len(held_out)))
-    references = held_out.batch(rows).images("image").float() / 255
-    images = trained.recipe.encode(held_out.batch(rows).to(trained.device), "image")["image"]
+    batch = held_out.batch(rows)
+    photos = [json.loads(text)["photo"] for text in batch.texts("about")]
+    references = batch.images("image").float() / 255
+    images = trained.recipe.encode(batch.to(trained.device), "image")["image"]
     made = generate(trained, images)
     dropped = generate(trained, trained.null["image"].expand_as(images))
     pairs = list(itertools.combinations(rows, 2))
@@ -142,9 +146,9 @@ def generate(trained: Generator, images: Tensor) -> Tensor:
     requests = [trained.recipe.Request(name=str(row), seed=row) for row in range(len(images))]
     encoded = trained.recipe.encode_requests(requests, trained.size)
     encoded.conditions["image"] = images
-    from synthos.train.validate import sample
-
-    return sample(trained.recipe, encoded.select(list(range(len(images))), trained.device), trained.null, trained.device)
+    return sample(
+        trained.recipe, encoded.select(list(range(len(images))), trained.device), trained.null, trained.device
+    )
 
 
 def matching_score(references: Tensor, made: Tensor, pairs: list[tuple[int, int]]) -> float:
@@ -154,11 +158,6 @@ def matching_score(references: Tensor, made: Tensor, pairs: list[tuple[int, int]
     distance = torch.cdist(ours, real)
     right = [distance[i, i] < distance[i, j] for i, j in pairs] + [distance[j, j] < distance[j, i] for i, j in pairs]
     return torch.stack(right).double().mean().item()
-
-
-def photographs(held_out: HeldOut, folder: str) -> list[str]:
-    """The photograph that each held-out crop comes from."""
-    return [str(meta["photo"]) for meta in held_out.metadata()]
 
 
 LIMITS = {

@@ -46,6 +46,7 @@ def value_problems(config: RunConfig, recipe: Any, recipe_config: Any) -> list[s
         return problems
     return [
         *batch_problems(config),
+        *_lanes(config),
         *_length(config),
         *size_problems(config.data, recipe.size_multiple, "data"),
         *_held_out(config),
@@ -68,6 +69,13 @@ def batch_problems(config: RunConfig) -> list[str]:
         f"batch.size: {size} is not a multiple of batch.micro x ranks = {micro} x {ranks} = {micro * ranks}; "
         f"nearest legal: {legal}"
     ]
+
+
+def _lanes(config: RunConfig) -> Iterator[str]:
+    lanes, size = config.data.lanes, config.batch.size
+    if lanes is not None and size % lanes:
+        near = " or ".join(map(str, nearest_divisors(size, lanes)))
+        yield f"data.lanes: {lanes} does not divide batch.size {size}; nearest: {near}, or null"
 
 
 def nearest_multiples(value: int, of: int) -> list[int]:

@@ -80,8 +80,9 @@ def _override_problems(override: Override, known: Mapping[str, list[str]]) -> li
         return [f"{line}: Hydra's own settings have no effect here"]
     if override.is_sweep_override():
         return [f"{line}: one value is expected; a list is written {key}=[a,b], a text with commas {key}='\"a,b\"'"]
-    if key in known and override.value() not in known[key]:
-        return [f"{key}: {override.value()!r} is unknown; {unknown(str(override.value()), known[key])}"]
+    choice = override.value()
+    if key in known and not isinstance(choice, dict) and choice not in known[key]:  # a dict sets keys of the group
+        return [f"{key}: {choice!r} is unknown; {unknown(str(choice), known[key])}"]
     return []
 
 

@@ -8,7 +8,8 @@ from typing import Any
 from PIL import Image
 
 from launch.check import FILE_NAME, FILE_NAME_WORDS, size_problems
-from synthos.schema import RunConfig, load
+from synthos.diffusion.sampling import SAMPLERS
+from synthos.schema import RunConfig, load, unknown
 
 
 def load_requests(config: RunConfig, recipe: Any) -> list[dict[str, Any]]:
@@ -68,6 +69,10 @@ def _problems(request: Any, size_multiple: int, path: str) -> list[str]:
     problems = size_problems(request, size_multiple, path)
     if not FILE_NAME.fullmatch(request.name):
         problems.append(f"{path}.name: {request.name!r} is not allowed; expected {FILE_NAME_WORDS}")
+    if request.sampler not in SAMPLERS:
+        problems.append(f"{path}.sampler: {request.sampler!r} is unknown; {unknown(request.sampler, list(SAMPLERS))}")
+    if request.steps < 1:
+        problems.append(f"{path}.steps: {request.steps} is not allowed; expected 1 or more")
     for key, picture in picture_fields(dataclasses.asdict(request)).items():
         try:
             Image.open(picture).verify()

@@ -39,7 +39,9 @@ log = logging.getLogger(__name__)
 
 def recipe_class(name: str) -> Any:
     """The class that `synthos.recipes.<name>` names as its RECIPE."""
-    known = sorted(f.stem for f in (Path(__file__).parent / "recipes").glob("*.py") if f.stem not in ("__init__", "base"))
+    known = sorted(
+        f.stem for f in (Path(__file__).parent / "recipes").glob("*.py") if f.stem not in ("__init__", "base")
+    )
     if name not in known:
         raise ValueError(f"recipe.name: no recipe {name!r}; {unknown(name, known)}")
     return importlib.import_module(f"synthos.recipes.{name}").RECIPE
@@ -70,10 +72,14 @@ def build_job(config: RunConfig, folder: Path, world: World, stop: Stop, attempt
     models = Models(config.model, Path(config.cache_dir))
     recipe = build_recipe(config.recipe, models)
     recipe.compute_dtype = world.dtype
-    data = {"config": config.data, "inputs": recipe.inputs}
-    held_out = HeldOut(**data)
+    held_out = HeldOut(config.data, recipe.inputs)
     stream = Stream(
-        **data, batch_size=config.batch.size, rank=world.rank, world=world.size, seed=config.seed
+        config.data,
+        recipe.inputs,
+        batch_size=config.batch.size,
+        rank=world.rank,
+        world=world.size,
+        seed=config.seed,
     )
     fill_frozen(recipe, models, world.device, world.dtype)
     encoded, null = prepare_requests(config, folder, recipe, held_out, world)

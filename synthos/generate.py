@@ -1,6 +1,6 @@
 """Exported weights and requests to pictures: `synthos.load(path).generate(...)` and `synthos generate`.
 
-    synthos generate weights=runs/i2i/i2i-1a2b3c4d/weights/step_00002000 reference=photo.jpg prompt='a red barn' out=barn.png
+synthos generate weights=runs/i2i/i2i-1a2b3c4d/weights/step_00002000 reference=me.jpg prompt='a red barn' out=barn.png
 """
 
 import dataclasses
@@ -18,7 +18,8 @@ from synthos.batch import Features
 from synthos.build import build_recipe, fill_frozen, recipe_class
 from synthos.models.parts import Models
 from synthos.recipes.base import Recipe
-from synthos.schema import ModelConfig, load as load_schema, unknown
+from synthos.schema import ModelConfig, unknown
+from synthos.schema import load as load_schema
 from synthos.train.distributed import fill_whole
 from synthos.train.export import ABOUT_FILE, DIFFUSERS_FILE, FORMAT, NULL_FILE, TRAINED_FILE
 from synthos.train.pictures import to_image
@@ -113,7 +114,9 @@ def main(argv: list[str]) -> int:
     given = dict(_split(argument) for argument in argv)
     for key in ("weights", "out"):
         if key not in given:
-            raise ValueError(f"{key}: missing; synthos generate weights=FOLDER out=FILE.png [prompt=...] [reference=FILE]")
+            raise ValueError(
+                f"{key}: missing; synthos generate weights=FOLDER out=FILE.png [prompt=...] [reference=FILE]"
+            )
     weights, out = Path(given.pop("weights")), Path(given.pop("out"))
     device, dtype = given.pop("device", None), given.pop("dtype", None)
     request = parse_request(recipe_class(_read_about(weights)["recipe"]["name"]).Request, {"name": out.stem, **given})

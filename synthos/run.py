@@ -1,6 +1,6 @@
 """Entry of every rank: frozen config -> objects -> training -> verdict.
 
-    torchrun ... -m synthos.run RUN_DIR
+torchrun ... -m synthos.run RUN_DIR
 """
 
 import json
@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ def main(run_dir: Path, attempt: int) -> dict[str, Any]:
     from synthos.train.loop import train
     from synthos.train.stop import Stop
 
+    # Wan returns a view; its output is cast or compared, never written to, so FSDP2's advice does not apply.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     run_dir = run_dir.resolve()
     config = read_config(RunConfig, run_dir / "config.yaml")
     rank = int(os.environ.get("RANK", "0"))

@@ -26,7 +26,15 @@ GOLDEN = (
 
 
 def test_parts_of_a_key_do_not_run_together() -> None:
-    keys = [hash64("ab", "c"), hash64("a", "bc"), hash64("abc"), hash64(b"abc"), hash64("ab", "c", ""), hash64(1, 2), hash64(12)]
+    keys = [
+        hash64("ab", "c"),
+        hash64("a", "bc"),
+        hash64("abc"),
+        hash64(b"abc"),
+        hash64("ab", "c", ""),
+        hash64(1, 2),
+        hash64(12),
+    ]
     assert len(set(keys)) == len(keys)
 
 
@@ -39,12 +47,10 @@ def test_a_sample_meets_the_same_numbers_in_any_batch() -> None:
         assert torch.equal(part.uniform("t"), whole.uniform("t")[rows])
 
 
-@pytest.mark.parametrize(
-    "other", [KeyedDraws(1, torch.tensor([4]), torch.tensor([0])), KeyedDraws(0, torch.tensor([5]), torch.tensor([0])),
-              KeyedDraws(0, torch.tensor([4]), torch.tensor([1])), KeyedDraws(0, torch.tensor([4]), torch.tensor([0]), draw=1)]
-)  # fmt: skip
-def test_every_part_of_the_key_matters(other: KeyedDraws) -> None:
+@pytest.mark.parametrize(("seed", "sample", "epoch", "draw"), [(1, 4, 0, 0), (0, 5, 0, 0), (0, 4, 1, 0), (0, 4, 0, 1)])
+def test_every_part_of_the_key_matters(seed: int, sample: int, epoch: int, draw: int) -> None:
     draws = KeyedDraws(0, torch.tensor([4]), torch.tensor([0]))
+    other = KeyedDraws(seed, torch.tensor([sample]), torch.tensor([epoch]), draw=draw)
     assert not torch.equal(draws.normal("n", (4,)), other.normal("n", (4,)))
     assert draws.uniform("t") != other.uniform("t") and draws.uniform("t") != draws.uniform("s")
 

@@ -35,11 +35,11 @@ DOORS = {
 }
 
 
-def test_no_module_imports_what_stands_above_it():
+def test_no_module_imports_what_stands_above_it() -> None:
     assert [problem for name, source in modules() for problem in problems(name, source)] == []
 
 
-def test_the_walk_sees_the_whole_house():
+def test_the_walk_sees_the_whole_house() -> None:
     names = {name for name, _ in modules()}
     assert {"synthos", "synthos.schema", "synthos.recipes.i2i", "synthos.data.commands", "launch.compose"} <= names
 
@@ -69,7 +69,7 @@ def test_the_walk_sees_the_whole_house():
         ("launch.agent", "import submitit"),
     ],
 )
-def test_a_wrong_import_is_found(module: str, source: str):
+def test_a_wrong_import_is_found(module: str, source: str) -> None:
     assert problems(module, source)
 
 
@@ -84,7 +84,7 @@ def test_a_wrong_import_is_found(module: str, source: str):
         ("launch.compose", "import hydra"),
     ],
 )
-def test_a_right_import_is_let_through(module: str, source: str):
+def test_a_right_import_is_let_through(module: str, source: str) -> None:
     assert problems(module, source) == []
 
 

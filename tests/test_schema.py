@@ -36,11 +36,11 @@ class Outer:
 GOOD: dict[str, Any] = {"name": "x", "kind": "a", "flag": True, "inner": {"size": 3}}
 
 
-def test_defaults_are_kept_and_nested_groups_become_dataclasses():
+def test_defaults_are_kept_and_nested_groups_become_dataclasses() -> None:
     assert load(Outer, GOOD) == Outer("x", "a", True, Inner(3, 0.5))
 
 
-def test_every_kind_of_value_converts():
+def test_every_kind_of_value_converts() -> None:
     values = {
         **GOOD,
         "pair": [1, 2.5],
@@ -81,37 +81,37 @@ def test_every_kind_of_value_converts():
         ({"parts": {"vae": {"size": "x"}}}, "parts.vae.size: 'x' is not allowed; expected a whole number"),
     ],
 )
-def test_each_fault_is_named_with_its_place_and_what_is_allowed(change: dict[str, Any], message: str):
+def test_each_fault_is_named_with_its_place_and_what_is_allowed(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as error:
         load(Outer, {**GOOD, **change})
     assert str(error.value).startswith(message)
 
 
-def test_all_faults_come_in_one_message():
+def test_all_faults_come_in_one_message() -> None:
     with pytest.raises(ValueError) as error:
         load(Outer, {"name": 1, "kind": "z", "flag": True, "inner": {"rate": "x"}, "extra": 1})
     lines = str(error.value).splitlines()
     assert {line.split(":")[0] for line in lines} == {"name", "kind", "inner.size", "inner.rate", "extra"}
 
 
-def test_the_path_of_the_caller_leads_every_message():
+def test_the_path_of_the_caller_leads_every_message() -> None:
     with pytest.raises(ValueError, match=r"^recipe\.size: missing"):
         load(Inner, {}, "recipe")
 
 
-def test_unknown_offers_the_nearest_and_lists_all():
+def test_unknown_offers_the_nearest_and_lists_all() -> None:
     assert unknown("helo", ["world", "hello"]) == "did you mean 'hello'? allowed: hello, world"
     assert unknown("zzz", ["b", "a"]) == "allowed: a, b"
 
 
-def test_what_is_frozen_reads_back_equal(tmp_path: Path):
+def test_what_is_frozen_reads_back_equal(tmp_path: Path) -> None:
     outer = load(Outer, {**GOOD, "pair": [1e-8, 1.5e300], "either": "äöü: 1e-3", "rows": [{"a": None, "b": "1e-3"}]})
     write_config(outer, tmp_path / "config.yaml")
     assert read_config(Outer, tmp_path / "config.yaml") == outer
     assert dump(outer)["inner"] == {"size": 3, "rate": 0.5}
 
 
-def test_run_yaml_and_the_dataclasses_list_the_same_keys():
+def test_run_yaml_and_the_dataclasses_list_the_same_keys() -> None:
     root = yaml.safe_load((CONFIGS / "run.yaml").read_text())
     groups = {key for entry in root.pop("defaults") if isinstance(entry, dict) for key in entry}
     launcher_only = {"dry_run", "hydra"}
@@ -123,7 +123,7 @@ def test_run_yaml_and_the_dataclasses_list_the_same_keys():
 
 
 @pytest.mark.parametrize("group", ["optim", "cluster", "data"])
-def test_every_choice_of_a_group_lists_all_its_keys(group: str):
+def test_every_choice_of_a_group_lists_all_its_keys(group: str) -> None:
     kind = {f.name: f.type for f in dataclasses.fields(RunConfig)}[group]
     files = sorted((CONFIGS / group).glob("*.yaml"))
     assert files

@@ -77,7 +77,7 @@ def _write_all(folder: Path, rows: Iterable[Row], shard_size: int) -> Written:
 
 
 def _readable(rows: Iterable[Row], skipped: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The samples that can be written; the others go to `skipped`, with the reason and the number of the row, from 1."""
+    """The samples that can be written; the others go to `skipped`, with the reason and the row's number, from 1."""
     for number, row in enumerate(rows, 1):
         try:
             yield _sample(row)

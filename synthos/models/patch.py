@@ -27,7 +27,7 @@ MEANS = {(0, 0, 0): -3.0, (1, 0, 0): 1.8, (2, 0, 0): 0.6}  # measured alike; eve
 
 
 class PatchAutoencoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
-    """Orthonormal DCT of colour patches, cut to its sixteen strongest coefficients: 27 dB or more on full-size photographs.
+    """Orthonormal DCT of colour patches, cut to sixteen coefficients: 27 dB or more on full-size photographs.
 
     The statistics whiten by half: a channel of standard deviation sd is divided by sqrt(sd), so that layout stays
     louder than texture. As the sixteen sd have mean 1, latents so normalised have overall variance 1.

@@ -3,6 +3,8 @@
 Wan2.1: arXiv 2503.20314. Classes are diffusers'; the projector has the form and names of its Wan image-to-video models.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -27,14 +29,14 @@ TINY_TRANSFORMER = Tiny(
 )
 
 
-def build_transformer(models: Models, image_dim: int) -> nn.Module:
+def build_transformer(models: Models, image_dim: int) -> Any:
     """`WanTransformer3DModel` that takes image tokens of width `image_dim`.
 
     A checkpoint without a projector (text-to-video) gets a fresh one; loading it with `image_dim=` given to
     `from_pretrained` would leave the new tensors on the meta device. Its tokens are prepended to the text tokens and
     share the text's keys, values and softmax.
     """
-    transformer = models.build("transformer", TINY_TRANSFORMER)
+    transformer: Any = models.build("transformer", TINY_TRANSFORMER)
     embedder = transformer.condition_embedder
     if embedder.image_embedder is None:
         from diffusers.models.transformers.transformer_wan import WanImageEmbedding
@@ -47,7 +49,8 @@ def build_transformer(models: Models, image_dim: int) -> nn.Module:
     elif transformer.config.image_dim != image_dim:
         raise ValueError(f"model.parts.transformer takes image tokens of width {transformer.config.image_dim}, "
                          f"the image encoder gives {image_dim}")  # fmt: skip
-    return transformer.requires_grad_(False)
+    transformer.requires_grad_(False)
+    return transformer
 
 
 def _projector_init(projector: nn.Module) -> Tensors:

@@ -1,10 +1,11 @@
 """The contract between a recipe and the rest of the house.
 
-Shape letters, here and in every recipe: B batch, C channels, H W pixels, h w latent pixels, N tokens, D width, R requests.
+Shape letters, here and in every recipe: B batch, C channels, H W pixels, h w latent pixels, N tokens, D width,
+R requests.
 
-Where a recipe's code runs: `encode` without gradients, from pixels or read back from a cache; `loss` inside the training
-step; `sample` in validation and in `synthos generate`. `loss` and `sample` call `self.network(...)` only, so that
-sharding may wrap it; both are collective under sharding, so the number of network calls depends on settings alone.
+Where a recipe's code runs: `encode` without gradients, from pixels or read back from a cache; `loss` inside the
+training step; `sample` in validation and in `synthos generate`. `loss` and `sample` call `self.network(...)` only, so
+that sharding may wrap it; both are collective under sharding, so the number of network calls depends on settings alone.
 """
 
 import json
@@ -69,8 +70,11 @@ class Recipe(Protocol):
     Request: ClassVar[type]  # dataclass: what one picture is asked with; `reference` fields are picture paths
     inputs: ClassVar[dict[str, Input]]
     features: ClassVar[dict[str, Feature]]
+    size_multiple: ClassVar[int]  # what height and width of a picture must divide by
 
-    network: nn.Module  # one module with a forward; sharded; its requires_grad parameters are optimised, averaged, saved
+    network: (
+        nn.Module
+    )  # one module with a forward; sharded; its requires_grad parameters are optimised, averaged, saved
     encoders: nn.ModuleDict  # frozen; serve `encode` and `encode_requests` only
     frozen: nn.ModuleDict  # frozen; serve `encode`, `loss` and `sample`; never saved
     compute_dtype: torch.dtype  # set by build; the recipe casts what it passes to the network, times excepted
@@ -90,7 +94,7 @@ class Recipe(Protocol):
         ...
 
     def encode_requests(self, requests: list[Any], size: tuple[int, int]) -> Encoded:
-        """Conditions, negative conditions and settings; `size` = (H, W) of training fills what a request leaves open."""
+        """Conditions, negative conditions and settings; a request without a size gets `size` = (H, W) of training."""
         ...
 
     def null(self) -> Features:
@@ -116,7 +120,7 @@ def load_encoded(path: Path) -> tuple[Encoded, Features]:
     """What `save_encoded` wrote."""
     kinds: dict[str, Features] = {"condition": {}, "negative": {}, "null": {}}
     with safe_open(path, "pt") as file:
-        for key in file.keys():  # noqa: SIM118: safe_open is no mapping
+        for key in file.keys():  # noqa: SIM118  # safe_open is no mapping
             kind, name = key.split(".", 1)
             kinds[kind][name] = file.get_tensor(key)
         settings = json.loads(file.metadata()["settings"])

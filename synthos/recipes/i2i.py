@@ -1,8 +1,8 @@
 """Image to image through CLIP tokens: Wan2.1-T2V-1.3B learns to redraw a picture it sees only as image tokens.
 
-Learned: a projector from CLIP's penultimate states to the transformer's width (`train: projector`), or it and the whole
-transformer (`train: full`). Frozen: umT5, CLIP, the VAE, and with `projector` the transformer, through whose activations
-the gradient still flows. Sampling starts from pure noise; no latent of the reference is ever given.
+Learned: a projector from CLIP's penultimate states to the transformer's width (`train: projector`), or it and the
+whole transformer (`train: full`). Frozen: umT5, CLIP, the VAE, and with `projector` the transformer, through whose
+activations the gradient still flows. Sampling starts from pure noise; no latent of the reference is ever given.
 
 Flow matching (arXiv 2210.02747): x_t = (1 - s) x_0 + s n, target n - x_0, s uniform on 1000 points of the shift-5 grid,
 loss w(t) mean((prediction - target)^2) with a bell-shaped w of mean 1. Text and image are dropped independently, to the
@@ -36,7 +36,7 @@ from synthos.recipes.base import Encoded, Images, Loss
 
 
 @dataclass(frozen=True)
-class Config:
+class I2IConfig:
     train: Literal["projector", "full"]  # what learns
     image_preprocess: Literal["squash", "crop"]  # of the training crop to the image encoder's square
     text_length: int  # tokens; every prompt is padded to exactly this many
@@ -48,7 +48,7 @@ class Config:
 
 
 @dataclass(frozen=True)
-class Request:
+class I2IRequest:
     """One picture asked for. What is null is the recipe's default, or the training size."""
 
     name: str
@@ -65,8 +65,8 @@ class Request:
 
 
 class I2I:
-    Config = Config
-    Request = Request
+    Config: ClassVar[type] = I2IConfig
+    Request: ClassVar[type] = I2IRequest
     size_multiple: ClassVar[int] = 16  # 8 for the VAE, 2 for the transformer's patches
     inputs: ClassVar[dict[str, Input]] = {
         "image": Input("image", ("jpg", "jpeg", "png", "webp")),
@@ -78,7 +78,7 @@ class I2I:
         "text": Feature("text", torch.bfloat16, ragged=True),
     }
 
-    def __init__(self, config: Config, models: Models, encoders: bool = True) -> None:
+    def __init__(self, config: I2IConfig, models: Models, encoders: bool = True) -> None:
         self.config = config
         self.compute_dtype = torch.float32
         self.network = wan.build_transformer(models, clip.image_width(models))
@@ -106,7 +106,8 @@ class I2I:
 
     @property
     def projector(self) -> nn.Module:
-        return self.network.get_submodule(wan.PROJECTOR)
+        found: nn.Module = self.network.get_submodule(wan.PROJECTOR)
+        return found
 
     def encode(self, batch: Batch, group: str) -> Features:
         if group == "target":
@@ -143,7 +144,9 @@ class I2I:
 
     def sample(self, requests: Encoded, null: Features, draws: Draws) -> Images:
         setting, text, image = requests.settings[0], requests.conditions["text"], requests.conditions["image"]
-        noise = draws.normal("noise", (self.network.config.in_channels, 1, setting["height"] // 8, setting["width"] // 8))
+        noise = draws.normal(
+            "noise", (self.network.config.in_channels, 1, setting["height"] // 8, setting["width"] // 8)
+        )
         no_text, no_image = requests.negatives["text"], null["image"].expand_as(image)
         if setting["guided"]:
             text, image = torch.cat([no_text, no_text, text]), torch.cat([no_image, image, image])
@@ -156,7 +159,8 @@ class I2I:
             if not setting["guided"]:
                 return wan.predict(self.network, x, t, text, image, self.compute_dtype)
             stacked = wan.predict(self.network, x.repeat(3, 1, 1, 1, 1), t.repeat(3), text, image, self.compute_dtype)
-            return two_scale(*stacked.chunk(3), scale_image, scale_text)
+            v_null, v_image, v_both = stacked.chunk(3)
+            return two_scale(v_null, v_image, v_both, scale_image, scale_text)
 
         latents = sample_flow(velocity, noise, setting["steps"], self.config.shift, setting["sampler"])
         return autoencoder.decode_latents(self.frozen["vae"], latents)
@@ -167,14 +171,16 @@ class I2I:
     def _encode_text(self, texts: list[str]) -> Tensor:
         return text.encode_text(self.encoders["text"], self.tokenizer, texts, self.config.text_length)
 
-    def _setting(self, request: Request, size: tuple[int, int]) -> dict[str, Any]:
+    def _setting(self, request: I2IRequest, size: tuple[int, int]) -> dict[str, Any]:
         setting = dataclasses.asdict(request)
         defaults = {"height": size[0], "width": size[1], "guidance_text": self.config.guidance_text,
                     "guidance_image": self.config.guidance_image}  # fmt: skip
         setting |= {key: value for key, value in defaults.items() if setting[key] is None}
         for key in ("height", "width"):
             if setting[key] % self.size_multiple or setting[key] <= 0:
-                raise ValueError(f"request {request.name!r}: {key} {setting[key]} is no multiple of {self.size_multiple}")
+                raise ValueError(
+                    f"request {request.name!r}: {key} {setting[key]} is no multiple of {self.size_multiple}"
+                )
         setting["guided"] = setting["guidance_text"] != 1 or setting["guidance_image"] != 1
         return setting
 

@@ -5,7 +5,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
+from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
 
 from synthos.train.distributed import World, reshard
 from synthos.train.state import TrainState
@@ -35,7 +36,7 @@ class Checkpoints:
             shutil.rmtree(final, ignore_errors=True)
             temporary.mkdir(parents=True)
         self.world.barrier()
-        dcp.save(state.tensors(), checkpoint_id=temporary, process_group=self.world.cpu_group)
+        save_sharded(state.tensors(), checkpoint_id=temporary, process_group=self.world.cpu_group)
         if self.world.is_main:
             (temporary / "state.json").write_text(json.dumps({"train": state.counters(), "stream": stream}))
             _write_manifest(temporary)
@@ -49,7 +50,7 @@ class Checkpoints:
         newest = next((f for f in reversed(self.list()) if is_whole(f)), None)
         if newest is None:
             return None
-        dcp.load(state.tensors(), checkpoint_id=newest, process_group=self.world.cpu_group)
+        load_sharded(state.tensors(), checkpoint_id=newest, process_group=self.world.cpu_group)
         reshard(state.network)
         saved = json.loads((newest / "state.json").read_text())
         state.load_counters(saved["train"])

@@ -62,7 +62,7 @@ def open_world(config: RunConfig) -> World:
     if "RANK" in os.environ:
         dist.init_process_group(backend)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.distributed_c10d.HashStore(), rank=0, world_size=1)
     if dist.get_world_size() != config.ranks:
         raise RuntimeError(f"{dist.get_world_size()} ranks were started for a config of {config.ranks}")
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
@@ -78,7 +78,9 @@ def choose_mesh(config: RunConfig, network: nn.Module, device: torch.device) -> 
     frozen = sum(p.numel() * p.element_size() for p in network.parameters() if not p.requires_grad)
     state = trained * (STATE_BYTES + (4 if config.ema.decay else 0)) + frozen
     budget = _memory(device, config.gpus_per_node) / 2
-    facts = f"{state / 2**30:.2f} GiB of weights and states, {budget / 2**30:.1f} GiB of a rank's memory set aside for them"
+    facts = (
+        f"{state / 2**30:.2f} GiB of weights and states, {budget / 2**30:.1f} GiB of a rank's memory set aside for them"
+    )
     if state <= budget:
         return "replicate", facts
     if config.nodes > 1 and config.gpus_per_node > 1 and state / config.gpus_per_node <= budget:
@@ -97,8 +99,8 @@ def build_mesh(mode: Mode, config: RunConfig, device: torch.device) -> DeviceMes
 def shard(network: nn.Module, units: list[nn.Module], mesh: DeviceMesh, world: World, recompute: bool) -> None:
     """FSDP2 on each unit and on the root; `recompute` keeps no activation inside a unit.
 
-    Masters stay as they are (float32 where trained); gathered weights and gradients' reduction follow the policy. Inputs
-    are not cast: times must reach the network in float32, and the recipe casts the rest.
+    Masters stay as they are (float32 where trained); gathered weights and gradients' reduction follow the policy.
+    Inputs are not cast: times must reach the network in float32, and the recipe casts the rest.
     """
     low = world.dtype if world.dtype != torch.float32 else None
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -164,7 +166,7 @@ def local(tensor: Tensor) -> Tensor:
 
 def whole(tensor: Tensor) -> Tensor:
     """The whole value of a tensor that may be sharded; collective."""
-    return cast(Tensor, tensor.full_tensor()) if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _apply_to_buffers(module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:

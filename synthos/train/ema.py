@@ -11,7 +11,7 @@ from synthos.train.distributed import local, reshard
 
 
 class Ema:
-    """average <- d average + (1 - d) weight, float32, with d = min(decay, (1 + n) / (10 + n)) at step n under warm-up."""
+    """average <- d average + (1 - d) weight, float32; under warm-up d = min(decay, (1 + n) / (10 + n)) at step n."""
 
     def __init__(self, parameters: dict[str, nn.Parameter], config: EmaConfig) -> None:
         assert config.decay is not None

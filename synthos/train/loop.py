@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,11 +36,7 @@ class Stream(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
-
-class Export(Protocol):
-    """Writes the trained weights for generation; collective."""
-
-    def __call__(self, state: TrainState) -> Path: ...
+    def close(self) -> None: ...
 
 
 @dataclass
@@ -56,7 +53,7 @@ class Job:
     checkpoints: Checkpoints
     report: Report
     stop: Stop
-    export: Export
+    export: Callable[[TrainState], Path]  # writes the trained weights for generation; collective
     last_step: int
 
 
@@ -177,6 +174,6 @@ def _check_finite(loss: float | str, norm: float, step: int, digest: str) -> Non
     """Every rank sees the same reduced numbers, so every rank raises together and nothing is written."""
     if not (math.isfinite(float(loss)) and math.isfinite(norm)):
         raise RuntimeError(
-            f"step {step + 1}: loss {loss}, gradient norm {norm:g}, for the global batch {digest}; no weight was changed. "
-            "The run can go on from its last checkpoint, with a lower optim.lr or a tighter optim.clip"
+            f"step {step + 1}: loss {loss}, gradient norm {norm:g}, for the global batch {digest}; no weight was "
+            "changed. The run can go on from its last checkpoint, with a lower optim.lr or a tighter optim.clip"
         )

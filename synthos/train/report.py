@@ -1,4 +1,4 @@
-"""What a run says of itself: metrics.jsonl, W&B, pictures, a progress line, a heartbeat, and the trace of its samples."""
+"""What a run says of itself: metrics.jsonl, W&B, pictures, a progress line, a heartbeat, the trace of its samples."""
 
 import json
 import netrc
@@ -6,7 +6,7 @@ import os
 import time
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import numpy as np
 from rich.console import Console
@@ -127,7 +127,7 @@ class Report:
         self.wandb = wandb.init(
             id=_wandb_id(self.folder),
             resume="allow" if mode == "online" else None,
-            mode=mode,
+            mode=cast(Literal["online", "offline"], mode),
             dir=self.folder,
             project=settings.project,
             entity=settings.entity,
@@ -157,7 +157,8 @@ class Report:
         current = (step - last) * self.config.batch.size / max(1e-9, now - at)
         self.rate = current if not self.rate else 0.95 * self.rate + 0.05 * current
         self.step_at = (step, now)
-        text = f"loss {metrics['train/loss']:.4f}  {self.rate:.1f} images/s  data wait {100 * float(metrics['data/wait']):.0f} %"
+        wait = 100 * float(metrics["data/wait"])
+        text = f"loss {metrics['train/loss']:.4f}  {self.rate:.1f} images/s  data wait {wait:.0f} %"
         if self.progress:
             self.progress.update(self.task, completed=step, description=text)
         elif now - self.line > self.LINE_SECONDS or step == self.last_step:

@@ -13,8 +13,8 @@ from synthos.train.ema import Ema
 class TrainState:
     """`images_seen` drives learning rate, data position, file names and log axes; the step is derived from it.
 
-    Trained parameters are held here as the shards they are: while weights are gathered for a forward pass, the network's
-    own `named_parameters` are other objects.
+    Trained parameters are held here as the shards they are: while weights are gathered for a forward pass, the
+    network's own `named_parameters` are other objects.
     """
 
     network: nn.Module

@@ -55,7 +55,7 @@ class Validator:
     seed: int
 
     def run(self, ema: Ema | None, stop: Stop) -> Validation | None:
-        """Loss with raw and averaged weights, pictures with those that will be exported; None if a stop was asked for."""
+        """Loss with raw and averaged weights, pictures with those to be exported; None if a stop was asked for."""
         network = self.recipe.network
         set_training(network, False)
         try:
@@ -106,7 +106,9 @@ class Validator:
                 if stop and stop.agreed():
                     return None
                 mine = [group[row % len(group)] for row in rows]
-                images = sample(self.recipe, self.requests.select(mine, self.world.device), self.null, self.world.device)
+                images = sample(
+                    self.recipe, self.requests.select(mine, self.world.device), self.null, self.world.device
+                )
                 for row, picture in zip(rows, images.cpu(), strict=True):
                     if row < len(group):
                         made[self.requests.settings[group[row]]["name"]] = picture
@@ -136,7 +138,7 @@ def gather_pictures(made: dict[str, Tensor], world: World) -> dict[str, Tensor]:
 
 
 def _deal(total: int, world: World, micro: int) -> list[list[int]]:
-    """This rank's rows in calls of at most `micro`; every rank gets calls of the same sizes, rows >= total are padding."""
+    """This rank's rows in calls of at most `micro`: equally many on every rank, so rows >= total are padding."""
     share = -(-total // world.size)
     mine = list(range(world.rank * share, (world.rank + 1) * share))
     return [mine[i : i + micro] for i in range(0, share, micro)]

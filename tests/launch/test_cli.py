@@ -7,23 +7,23 @@ import pytest
 from launch import cli
 
 
-def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]):
+def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == cli.main(["--help"]) == 0
     shown = capsys.readouterr().out
     assert all(verb in shown and summary in shown for verb, (_, summary) in cli.VERBS.items())
 
 
-def test_every_verb_names_a_function():
+def test_every_verb_names_a_function() -> None:
     for verb in cli.VERBS:
         assert callable(cli.find(verb))
 
 
-def test_verbs_of_two_words():
+def test_verbs_of_two_words() -> None:
     assert cli.split_verb(["data", "write", "a=1"]) == ("data write", ["a=1"])
     assert cli.split_verb(["submit", "write"]) == ("submit", ["write"])
 
 
-def test_an_unknown_verb_is_one_message(capsys: pytest.CaptureFixture[str]):
+def test_an_unknown_verb_is_one_message(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["sbmit"]) == 2
     assert capsys.readouterr().err == (
         "error: synthos has no verb 'sbmit'; did you mean 'submit'? allowed: data write, generate, submit\n"
@@ -32,7 +32,7 @@ def test_an_unknown_verb_is_one_message(capsys: pytest.CaptureFixture[str]):
 
 def test_faults_of_the_user_are_a_message_and_faults_of_the_code_raise(
     tmp_path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+) -> None:
     (tmp_path / "verbs_for_test.py").write_text(
         "def user(arguments):\n    raise ValueError(f'no {arguments[0]}')\n"
         "def code(arguments):\n    return lambda: int('x')\n"

@@ -16,7 +16,7 @@ def message(*arguments: str, config_dir: Path = CONFIGS) -> str:
     return str(error.value)
 
 
-def test_defaults_are_filled_in():
+def test_defaults_are_filled_in() -> None:
     composed = compose([*BASE, "data=photos"])
     config = composed.config
     assert not composed.dry_run
@@ -25,23 +25,23 @@ def test_defaults_are_filled_in():
     assert config.data.shards == str(CHECKOUT / ".cache" / "photos" / "train")
 
 
-def test_the_command_line_beats_the_recipe():
+def test_the_command_line_beats_the_recipe() -> None:
     config = compose([*BASE, "optim.lr=3e-4", "recipe.drop_text=0.3", "batch={size: 12, micro: 3}", "name=mine"]).config
     assert config.optim.lr == 3e-4 and config.recipe["drop_text"] == 0.3 and config.batch.size == 12
     assert (config.name, config.group) == ("mine", "i2i")
 
 
-def test_dry_run_is_no_part_of_the_config():
+def test_dry_run_is_no_part_of_the_config() -> None:
     assert compose([*BASE, "dry_run=true"]).dry_run
     assert compose([*BASE, "dry_run=true"]).config == compose(BASE).config
 
 
-def test_entries_are_added_to_open_mappings():
+def test_entries_are_added_to_open_mappings() -> None:
     assert compose([*BASE, "+optim.lr_groups.projector=1e-3"]).config.optim.lr_groups == {"projector": 1e-3}
     assert "+optim.lr_groups.projector=<value>" in message(*BASE, "optim.lr_groups.projector=1e-3")
 
 
-def test_an_experiment_chooses_the_recipe_and_names_the_run(tmp_path: Path):
+def test_an_experiment_chooses_the_recipe_and_names_the_run(tmp_path: Path) -> None:
     shutil.copytree(CONFIGS, tmp_path / "configs")
     page = "# @package _global_\ndefaults:\n  - override /recipe: i2i\n  - override /model: tiny\noptim: {lr: 0.5}\n"
     (tmp_path / "configs" / "experiment").mkdir(exist_ok=True)
@@ -63,14 +63,14 @@ def test_an_experiment_chooses_the_recipe_and_names_the_run(tmp_path: Path):
         ("null", None),
     ],
 )
-def test_shards_as_people_write_them(written: str, expected, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_shards_as_people_write_them(written: str, expected, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     expected = [e.replace("HERE", str(tmp_path)) for e in expected] if isinstance(expected, list) else expected
     expected = expected.replace("HERE", str(tmp_path)) if isinstance(expected, str) else expected
     assert compose([*BASE, f"data.shards={written}"]).config.data.shards == expected
 
 
-def test_other_paths_are_taken_from_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_other_paths_are_taken_from_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "weights").mkdir()
     overrides = ["runs_dir=out", "cache_dir=~/c", "validate.requests=ask.jsonl", "+model.parts.vae.path=weights"]
@@ -81,7 +81,7 @@ def test_other_paths_are_taken_from_the_current_folder(tmp_path: Path, monkeypat
     assert config.model.parts["text"].path == "some/hub-id"
 
 
-def test_misspelt_keys_of_both_levels_come_in_one_message():
+def test_misspelt_keys_of_both_levels_come_in_one_message() -> None:
     lines = message(*BASE, "optim.lrr=1", "recipe.drop_txt=0.1", "nodess=2").splitlines()
     assert lines[0].startswith("optim.lrr: unknown key; did you mean 'lr'? allowed: betas, clip,")
     assert lines[1].startswith("recipe.drop_txt: unknown key; did you mean 'drop_text'? allowed: drop_image,")
@@ -89,7 +89,7 @@ def test_misspelt_keys_of_both_levels_come_in_one_message():
 
 
 @pytest.mark.parametrize("group", ["recipe", "model", "data", "optim", "cluster"])
-def test_an_unknown_choice_lists_the_known_ones(group: str):
+def test_an_unknown_choice_lists_the_known_ones(group: str) -> None:
     expected = f"{group}: 'nonesuch' is unknown; allowed: {', '.join(choices()[group])}"
     assert message(*BASE, f"{group}=nonesuch") == expected
 
@@ -104,7 +104,7 @@ def test_an_unknown_choice_lists_the_known_ones(group: str):
         ((*BASE, "optim.lr=1,2"), "optim.lr=1,2: one value is expected; a list is written optim.lr=[a,b]"),
         ((*BASE, "hydra.run.dir=x"), "hydra.run.dir=x: Hydra's own settings have no effect here"),
         ((*BASE, "recipe.name.x=1"), "recipe.name.x: unknown key; recipe.name is a value, not a group of keys"),
-        ((*BASE, "model=null"), "model: None is unknown; did you mean"),
+        ((*BASE, "model=null"), "model: None is unknown; allowed: tiny"),
         ((*BASE, "dry_run=full"), "dry_run: 'full' is not allowed; expected true or false"),
         ((*BASE, "optim.lr=abc"), "optim.lr: 'abc' is not allowed; expected a number"),
         ((*BASE, "+optim.foo=1"), "optim.foo: unknown key; allowed: betas,"),
@@ -113,11 +113,11 @@ def test_an_unknown_choice_lists_the_known_ones(group: str):
         ((*BASE, "data.shards=${nowhere}"), "Interpolation key 'nowhere' not found"),
     ],
 )
-def test_what_is_wrong_is_said(arguments: tuple[str, ...], expected: str):
-    assert message(*arguments).startswith(expected.removesuffix("; did you mean"))
+def test_what_is_wrong_is_said(arguments: tuple[str, ...], expected: str) -> None:
+    assert message(*arguments).startswith(expected)
 
 
-def test_a_group_that_a_recipe_leaves_open_must_be_chosen(tmp_path: Path):
+def test_a_group_that_a_recipe_leaves_open_must_be_chosen(tmp_path: Path) -> None:
     shutil.copytree(CONFIGS, tmp_path / "configs")
     page = "# @package _global_\nrecipe: {name: bare}\nbatch: {size: 1, micro: 1}\n"
     (tmp_path / "configs" / "recipe" / "bare.yaml").write_text(page)

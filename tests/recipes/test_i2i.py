@@ -1,4 +1,4 @@
-"""i2i: what it trains, its loss against a float64 plain reading of the equations, guidance, and sampling against diffusers."""
+"""i2i: what it trains, its loss read plainly from the equations in float64, guidance, sampling against diffusers."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -14,13 +14,13 @@ from synthos.build import fill_frozen
 from synthos.keys import FixedDraws, KeyedDraws
 from synthos.models.parts import Models
 from synthos.recipes.base import Encoded
-from synthos.recipes.i2i import I2I, Config, Request
+from synthos.recipes.i2i import I2I, I2IConfig, I2IRequest
 from synthos.schema import ModelConfig
 from synthos.train.distributed import World, build_mesh, fill_sharded, fill_whole, set_dtypes, shard
 from synthos.train.validate import encode_all, sample
 from tests.support import run_config, world_of_one
 
-CONFIG = Config("full", "squash", 8, 5.0, 0.1, 0.1, 5.0, 5.0)
+CONFIG = I2IConfig("full", "squash", 8, 5.0, 0.1, 0.1, 5.0, 5.0)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def world() -> Iterator[World]:
     yield from world_of_one()
 
 
-def build(cache: Path, config: Config = CONFIG) -> I2I:
+def build(cache: Path, config: I2IConfig = CONFIG) -> I2I:
     models = Models(ModelConfig("tiny"), cache)
     recipe = I2I(config, models)
     fill_whole(recipe.network, models.tensors(recipe.network), torch.device("cpu"))
@@ -130,7 +130,7 @@ def request(cache: Path, recipe: I2I, tmp_path: Path, **changes: object) -> Enco
     from PIL import Image
 
     Image.fromarray(batch().images("image")[0].permute(1, 2, 0).numpy()).save(tmp_path / "reference.png")
-    asked = Request("one", reference=str(tmp_path / "reference.png"), steps=4, **changes)  # type: ignore[arg-type]
+    asked = I2IRequest("one", reference=str(tmp_path / "reference.png"), steps=4, **changes)  # type: ignore[arg-type]
     return recipe.encode_requests([asked], (32, 32))
 
 
@@ -138,7 +138,9 @@ def test_image_guidance_does_not_cancel_with_empty_prompts(cache: Path, tmp_path
     recipe = build(cache)
     null = recipe.null()
     pictures = [
-        sample(recipe, request(cache, recipe, tmp_path, guidance_image=scale, guidance_text=1.0), null, torch.device("cpu"))
+        sample(
+            recipe, request(cache, recipe, tmp_path, guidance_image=scale, guidance_text=1.0), null, torch.device("cpu")
+        )
         for scale in (1.0, 4.0)
     ]
     assert (pictures[0] - pictures[1]).abs().max() > 1e-3
@@ -192,7 +194,7 @@ def test_times_998_and_999_differ_under_bf16(cache: Path, world: World) -> None:
     assert torch.tensor(998.0).bfloat16() == torch.tensor(999.0).bfloat16()  # what would have happened to cast times
 
 
-def sharded(cache: Path, world: World, config: Config, dtype: torch.dtype) -> tuple[I2I, Features]:
+def sharded(cache: Path, world: World, config: I2IConfig, dtype: torch.dtype) -> tuple[I2I, Features]:
     models = Models(ModelConfig("tiny"), cache)
     recipe = I2I(config, models)
     recipe.compute_dtype = dtype
@@ -227,7 +229,7 @@ def test_real_size_on_meta() -> None:
 
 
 def test_sampler_agrees_with_diffusers_pipeline_on_its_own_grid(cache: Path) -> None:
-    """A network without image embedder, guided by text: diffusers' WanPipeline with its scheduler set to our noise levels."""
+    """A network without image embedder, guided by text: WanPipeline with our noise levels in its scheduler."""
     from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 
     from synthos.diffusion.sampling import sample_flow
@@ -247,8 +249,9 @@ def test_sampler_agrees_with_diffusers_pipeline_on_its_own_grid(cache: Path) -> 
     pipe.set_progress_bar_config(disable=True)
     text, null = recipe._encode_text(["a red barn"]), recipe._encode_text([""])
     noise = torch.randn(1, 16, 1, 4, 4)
-    theirs = pipe(prompt_embeds=text, negative_prompt_embeds=null, height=32, width=32, num_frames=1, latents=noise.clone(),
-                  num_inference_steps=6, guidance_scale=4.0, output_type="latent").frames  # fmt: skip
+    theirs = pipe(prompt_embeds=text, negative_prompt_embeds=null, height=32, width=32, num_frames=1,
+                  latents=noise.clone(), num_inference_steps=6, guidance_scale=4.0, output_type="latent"
+                  ).frames  # fmt: skip
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         with torch.no_grad():

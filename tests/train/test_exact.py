@@ -38,7 +38,11 @@ class Runs:
     def open(self, name: str, *overrides: str) -> subprocess.Popen[str]:
         arguments = [*LONG, f"runs_dir={self.folder / name}", f"cache_dir={self.folder / 'cache'}", *overrides]
         return subprocess.Popen(
-            [sys.executable, "-c", CLI, *arguments], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            [sys.executable, "-c", CLI, *arguments],
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
 
     def finish(self, name: str, *overrides: str) -> Path:
@@ -93,7 +97,11 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of the last checkpoint, whole."""
     path = max((folder / "checkpoints").glob("step_*"))
     metadata = FileSystemReader(path).read_metadata().state_dict_metadata
-    empty = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in metadata.items() if isinstance(m, TensorStorageMetadata)}
+    empty = {
+        k: torch.empty(m.size, dtype=m.properties.dtype)
+        for k, m in metadata.items()
+        if isinstance(m, TensorStorageMetadata)
+    }
     dcp.load(empty, checkpoint_id=path, no_dist=True)
     return empty
 

@@ -182,7 +182,9 @@ def test_fixed_grid_does_not_depend_on_the_micro_batch(world: World, tmp_path: P
         torch.testing.assert_close(grids[0], other, rtol=1e-5, atol=1e-7)
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_before_the_weights_change(world: World, tmp_path: Path, cache: Path) -> None:
+def test_a_loss_that_is_not_finite_ends_the_run_before_the_weights_change(
+    world: World, tmp_path: Path, cache: Path
+) -> None:
     job = build(world, tmp_path, cache)
     real, before = job.recipe.loss, snapshot(job)
 

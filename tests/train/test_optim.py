@@ -11,8 +11,20 @@ from synthos.train.optim import build_optimizer, clip_gradients, lr_multiplier, 
 
 
 def config(**changes: object) -> OptimConfig:
-    values = {"name": "adamw", "lr": 1e-3, "lr_groups": {}, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1,
-              "schedule": "constant", "warmup_steps": 0, "decay_steps": None, "steps": 10, "epochs": None, "clip": None}
+    values = {
+        "name": "adamw",
+        "lr": 1e-3,
+        "lr_groups": {},
+        "betas": (0.9, 0.99),
+        "eps": 1e-8,
+        "weight_decay": 0.1,
+        "schedule": "constant",
+        "warmup_steps": 0,
+        "decay_steps": None,
+        "steps": 10,
+        "epochs": None,
+        "clip": None,
+    }
     return OptimConfig(**{**values, **changes})  # type: ignore[arg-type]
 
 

@@ -1,0 +1,61 @@
+"""What the tests of the data package are made of: small pictures, small tars, a config."""
+
+import io
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from synthos.batch import Input
+from synthos.data.write import Row, write_shards
+from synthos.schema import DataConfig
+
+INPUTS = {"image": Input("image", ("jpg", "jpeg", "png", "webp")), "text": Input("text", ("txt",))}
+
+
+def picture(color: tuple[int, int, int] = (10, 20, 30), size: tuple[int, int] = (16, 16), kind: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, color).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def noise(height: int, width: int, seed: int = 0) -> Image.Image:
+    """A picture whose every pixel differs."""
+    values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def tar(path: Path, members: list[tuple[str, bytes]], kind: int = tarfile.USTAR_FORMAT) -> Path:
+    """A tar of exactly these members, in this order."""
+    with tarfile.open(path, "w", format=kind) as file:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            file.addfile(info, io.BytesIO(data))
+    return path
+
+
+def pairs(keys: list[str]) -> list[tuple[str, bytes]]:
+    """A picture and a caption for each key."""
+    return [m for key in keys for m in ((f"{key}.png", picture()), (f"{key}.txt", f"caption {key}".encode()))]
+
+
+def data_set(folder: Path, samples: int, shard_size: int, first: int = 0) -> Path:
+    """Captioned pictures, each of its own colour."""
+    rows = [Row(picture((i % 256, i // 256, 7)), f"caption {i}", {"number": i}) for i in range(first, first + samples)]
+    write_shards(folder, rows, shard_size)
+    return folder
+
+
+def config(shards: Any, **changes: Any) -> DataConfig:
+    values: dict[str, Any] = {"name": "set", "validation": None, "holdout_fraction": 0.0, "height": 8, "width": 8}
+    values |= {"window": 2, "lanes": None, "workers": 0, "prepare": None, **changes}
+    return DataConfig(shards=shards if isinstance(shards, list) or shards is None else str(shards), **values)

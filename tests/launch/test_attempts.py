@@ -1,0 +1,69 @@
+"""The ledger of attempts."""
+
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch import attempts
+
+
+def leave_verdict(folder: Path, **verdict: Any) -> dict[str, Any]:
+    (folder / "control").mkdir(exist_ok=True)
+    (folder / "control" / "verdict.json").write_text(json.dumps(verdict))
+    return verdict
+
+
+def test_an_attempt_is_recorded_from_start_to_end(tmp_path: Path) -> None:
+    assert attempts.begin(tmp_path, ["a", "b"]) == 1
+    record = attempts.newest_record(tmp_path)
+    assert record["pid"] == os.getpid() and record["command"] == ["a", "b"] and record["start_step"] == 0
+    verdict = leave_verdict(tmp_path, status="stopped", cause="stop", step=7, attempt=1, message="")
+    assert attempts.end(tmp_path, 1) == verdict
+    closed = attempts.newest_record(tmp_path)
+    assert (closed["status"], closed["cause"], closed["end_step"]) == ("stopped", "stop", 7)
+    assert record.items() <= closed.items() and closed["started"] <= closed["ended"]
+
+
+def test_the_verdict_of_an_earlier_attempt_is_not_taken_for_this_one(tmp_path: Path) -> None:
+    leave_verdict(tmp_path, status="done", cause="finished", step=7, attempt=1, message="")
+    attempts.begin(tmp_path, [])
+    assert attempts.begin(tmp_path, []) == 2
+    verdict = attempts.end(tmp_path, 2)
+    assert (verdict["status"], verdict["cause"]) == ("failed", "crash")
+    assert attempts.newest_record(tmp_path)["status"] == "failed"
+
+
+def test_an_old_request_to_stop_is_forgotten(tmp_path: Path) -> None:
+    (tmp_path / "control").mkdir()
+    (tmp_path / "control" / "stop").touch()
+    attempts.begin(tmp_path, [])
+    assert not (tmp_path / "control" / "stop").exists()
+
+
+def test_attempts_that_begin_at_once_get_numbers_of_their_own(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        numbers = list(pool.map(lambda _: attempts.begin(tmp_path, []), range(32)))
+    assert sorted(numbers) == list(range(1, 33))
+
+
+@pytest.mark.parametrize(
+    ("status", "cause", "code"),
+    [
+        ("done", "finished", 0),
+        ("stopped", "stop", 0),
+        ("stopped", "interrupt", 130),
+        ("stopped", "terminate", 143),
+        ("failed", "error", 1),
+        ("failed", "crash", 1),
+    ],
+)
+def test_exit_codes(status: str, cause: str, code: int) -> None:
+    assert attempts.exit_code({"status": status, "cause": cause}) == code
+
+
+def test_no_record_where_nothing_was_attempted(tmp_path: Path) -> None:
+    assert attempts.newest_record(tmp_path) == {}

@@ -1,0 +1,121 @@
+"""Sums, ranges and settings without effect."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from launch.check import batch_problems, nearest_divisors, nearest_multiples, value_problems
+from launch.compose import compose
+from synthos.build import recipe_class, recipe_config
+from synthos.schema import RunConfig
+
+RIGHT = ("recipe=i2i", "model=tiny", "data=photos", "cluster=local", "cluster.device=cpu", "batch={size: 24, micro: 4}")
+
+
+def config(*overrides: str) -> RunConfig:
+    return compose([*RIGHT, *overrides]).config
+
+
+def problems(*overrides: str) -> list[str]:
+    composed = config(*overrides)
+    return value_problems(composed, recipe_class("i2i"), recipe_config(composed.recipe))
+
+
+def test_a_right_config_has_no_problems() -> None:
+    assert problems() == [] and problems("gpus_per_node=3", "mesh=full", "ema.decay=0.99") == []
+
+
+def test_batch_arithmetic_agrees_with_counting() -> None:
+    """A config is legal exactly if some whole number of micro-batches on all ranks makes the global batch."""
+    base = config()
+    for size in range(1, 25):
+        for micro in range(1, 9):
+            for ranks in range(1, 5):
+                batch = dataclasses.replace(base.batch, size=size, micro=micro)
+                changed = dataclasses.replace(base, batch=batch, gpus_per_node=ranks)
+                legal = any(micro * ranks * accumulation == size for accumulation in range(1, 25))
+                assert (batch_problems(changed) == []) == legal
+                if legal:
+                    assert changed.accumulation * micro * ranks == size
+
+
+def test_the_nearest_legal_values_are_named() -> None:
+    assert problems("batch={size: 30, micro: 4}", "gpus_per_node=2") == [
+        "batch.size: 30 is not a multiple of batch.micro x ranks = 4 x 2 = 8; "
+        "nearest legal: batch.size 24 or 32, or batch.micro 3 or 5"
+    ]
+    assert problems("batch={size: 24, micro: 4}", "gpus_per_node=4") == [
+        "batch.size: 24 is not a multiple of batch.micro x ranks = 4 x 4 = 16; "
+        "nearest legal: batch.size 16 or 32, or batch.micro 3 or 6, or nodes x gpus_per_node 3 or 6"
+    ]
+    assert "batch.size 16;" not in problems("batch={size: 3, micro: 16}")[0]  # zero is no batch
+
+
+def test_nearest_values_agree_with_a_plain_search() -> None:
+    for number in range(1, 40):
+        for value in range(1, 45):
+            divisors = [d for d in range(1, number + 1) if number % d == 0 and d != value]
+            expected = {max((d for d in divisors if d < value), default=None)}
+            expected |= {min((d for d in divisors if d > value), default=None)}
+            assert set(nearest_divisors(number, value)) == expected - {None}
+    assert nearest_multiples(30, 8) == [24, 32] and nearest_multiples(3, 8) == [8]
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("optim.lr=0", "optim.lr: 0.0 is not allowed; expected a number above 0"),
+        ("optim.lr=nan", "optim.lr: nan is not allowed; expected a number above 0"),
+        ("optim.lr=inf", "optim.lr: inf is not allowed; expected a number above 0"),
+        ("+optim.lr_groups.projector=-1", "optim.lr_groups.projector: -1.0 is not allowed; expected a number above 0"),
+        ("optim.betas=[0.9,1.0]", "optim.betas[1]: 1.0 is not allowed; expected a number at least 0 and below 1"),
+        ("optim.warmup_steps=-1", "optim.warmup_steps: -1 is not allowed; expected a number 0 or more"),
+        ("batch.micro=0", "batch.micro: 0 is not allowed; expected a number above 0"),
+        ("nodes=0", "nodes: 0 is not allowed; expected a number above 0"),
+        ("data.height=0", "data.height: 0 is not allowed; expected a number above 0"),
+        ("data.workers=-1", "data.workers: -1 is not allowed; expected a number 0 or more"),
+        ("ema.decay=1.0", "ema.decay: 1.0 is not allowed; expected a number between 0 and 1"),
+        ("validate.every=0", "validate.every: 0 is not allowed; expected a number above 0"),
+        ("recipe.drop_text=1.5", "recipe.drop_text: 1.5 is not allowed; expected a probability from 0 to 1"),
+        ("recipe.drop_image=-0.1", "recipe.drop_image: -0.1 is not allowed; expected a probability from 0 to 1"),
+        ("optim.steps=0", "optim.steps: 0 is not allowed; expected a number above 0"),
+        (
+            "optim.epochs=2",
+            "optim.steps, optim.epochs: both are set (2000 and 2.0); expected exactly one, the other null",
+        ),
+        ("optim.steps=null", "optim.steps, optim.epochs: neither is set; expected exactly one, the other null"),
+        ("optim.decay_steps=5", "optim.decay_steps: 5 has no effect with optim.schedule=constant; expected null"),
+        ("optim.warmup_steps=3000", "optim.warmup_steps: 3000 is more than the 2000 steps of the schedule"),
+        ("data.height=100", "data.height: 100 is not a multiple of 16; nearest: 96 or 112"),
+        ("data.width=8", "data.width: 8 is not a multiple of 16; nearest: 16"),
+        ("data.lanes=7", "data.lanes: 7 does not divide batch.size 24; nearest: 6 or 8, or null"),
+        ("mesh=hybrid", "mesh: hybrid needs nodes above 1; expected auto, replicate or full"),
+        ("name=a/b", "name: 'a/b' is not allowed; expected letters, digits and . _ + = - (it becomes a file name),"),
+        ("group=..", "group: '..' is not allowed; expected letters, digits and . _ + = - (it becomes a file name),"),
+    ],
+)
+def test_each_wrong_value_is_the_only_problem(override: str, expected: str) -> None:
+    found = problems(override)
+    assert len(found) == 1 and found[0].startswith(expected)
+
+
+def test_nothing_held_out_to_validate_on() -> None:
+    assert problems("data.validation=null")[0].startswith("data.validation, data.holdout_fraction: nothing is held out")
+    assert problems("data.validation=null", "validate.samples=0", "validate.from_split=0") == []
+    assert problems("data.validation=null", "data.holdout_fraction=0.1") == []
+
+
+def test_one_machine_is_one_node_and_debug_is_one_rank() -> None:
+    assert problems("nodes=2", "batch.size=24")[0].startswith("nodes: 2 is not allowed with cluster=local")
+    assert problems("cluster=debug", "cluster.device=cpu", "gpus_per_node=2")[0].startswith("gpus_per_node: 2 is not")
+
+
+def test_several_wrong_values_come_together() -> None:
+    assert len(problems("optim.lr=0", "recipe.drop_text=2", "batch.micro=-1", "name=''")) == 4
+
+
+def test_recipe_values_of_a_wrong_type_do_not_get_this_far() -> None:
+    wrong: dict[str, Any] = {**config().recipe, "drop_text": "often"}
+    with pytest.raises(ValueError, match=r"^recipe\.drop_text: 'often' is not allowed; expected a number$"):
+        recipe_config(wrong)

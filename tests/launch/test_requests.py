@@ -1,0 +1,86 @@
+"""Requests for pictures, as a list and as a JSONL file."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from launch.compose import compose
+from launch.requests import load_requests, picture_fields
+from synthos.build import recipe_class
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    Image.new("RGB", (20, 10)).save(tmp_path / "photo.jpg")
+    return tmp_path / "photo.jpg"
+
+
+def load(*overrides: str) -> list[dict[str, Any]]:
+    return load_requests(compose(["recipe=i2i", "model=tiny", *overrides]).config, recipe_class("i2i"))
+
+
+def write(path: Path, *rows: Any) -> str:
+    path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+    return f"validate.requests={path}"
+
+
+def faults(*overrides: str) -> list[str]:
+    with pytest.raises(ValueError) as error:
+        load(*overrides)
+    return str(error.value).splitlines()
+
+
+def test_none_are_asked_for_by_default() -> None:
+    assert load() == []
+
+
+def test_a_list_takes_its_pictures_from_the_current_folder(photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(photo.parent)
+    one, two = load("validate.requests=[{name: a, prompt: red, reference: photo.jpg}, {name: b, height: 32}]")
+    assert (one["name"], one["prompt"], one["reference"], one["height"]) == ("a", "red", str(photo), None)
+    assert (two["name"], two["height"], two["reference"]) == ("b", 32, None)
+
+
+def test_a_file_takes_its_pictures_from_its_own_folder(photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"name": "a", "reference": "photo.jpg"}, "\n", {"name": "b", "reference": str(photo)}]
+    override = write(photo.parent / "ask.jsonl", *rows)
+    monkeypatch.chdir("/")
+    assert [request["reference"] for request in load(override)] == [str(photo), str(photo)]
+    assert picture_fields(load(override)[0]) == {"reference": photo}
+
+
+def test_every_wrong_request_is_named_in_one_message(photo: Path) -> None:
+    override = write(
+        photo.parent / "ask.jsonl",
+        {"name": "a", "promt": "x"},
+        {"prompt": "x"},
+        {"name": "no/slash"},
+        {"name": "b", "height": 40},
+        {"name": "c", "reference": "absent.jpg"},
+        {"name": "d", "reference": "ask.jsonl"},
+        {"name": "e", "sampler": "euler2", "steps": 0},
+        {"name": "b"},
+    )
+    found = faults(override)
+    expected = [
+        "ask.jsonl:1.promt: unknown key; did you mean 'prompt'? allowed: guidance_image,",
+        "ask.jsonl:2.name: missing; expected text",
+        "ask.jsonl:3.name: 'no/slash' is not allowed; expected letters,",
+        "ask.jsonl:4.height: 40 is not a multiple of 16; nearest: 32 or 48",
+        f"ask.jsonl:5.reference: {photo.parent / 'absent.jpg'} can't be read as a picture: ",
+        f"ask.jsonl:6.reference: {photo.parent / 'ask.jsonl'} can't be read as a picture: ",
+        "ask.jsonl:7.sampler: 'euler2' is unknown; did you mean 'euler'? allowed: euler, unipc",
+        "ask.jsonl:7.steps: 0 is not allowed; expected 1 or more",
+        "validate.requests: the name 'b' is used more than once",
+    ]
+    assert len(found) == len(expected)
+    assert all(line.startswith(start) for line, start in zip(found, expected, strict=True))
+
+
+def test_files_that_are_none(tmp_path: Path) -> None:
+    assert faults(f"validate.requests={tmp_path / 'absent.jsonl'}")[0].endswith("expected a list, or a JSONL file")
+    override = write(tmp_path / "ask.jsonl", {"name": "a"}, "{name: b}\n")
+    assert faults(override)[0].startswith(f"validate.requests: {tmp_path / 'ask.jsonl'}, line 2 is no JSON: ")

@@ -1,0 +1,129 @@
+"""The run folder: opened once, held by one process, read for how far it got."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from launch.compose import compose
+from launch.rundir import RunState, git_facts, hold, open_folder, read_state, run_folder
+from synthos.schema import RunConfig, read_config
+
+
+def config(tmp_path: Path, *overrides: str) -> RunConfig:
+    return compose(["recipe=i2i", "model=tiny", "data=photos", f"runs_dir={tmp_path}", *overrides]).config
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A git repository with a commit, a change and a file that git does not know."""
+    folder = tmp_path / "checkout"
+    folder.mkdir()
+    git(folder, "init", "-q", "-b", "topic")
+    (folder / "code.py").write_text("old\n")
+    git(folder, "add", ".")
+    git(folder, "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "first")
+    (folder / "code.py").write_text("new\n")
+    (folder / "extra.py").write_text("")
+    return folder
+
+
+def git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(folder), *arguments], check=True, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def opened(tmp_path: Path, checkout: Path, *overrides: str) -> Path:
+    made = config(tmp_path, *overrides)
+    folder = run_folder(made, "1a2b3c4d")
+    with hold(folder):
+        open_folder(folder, made, ["synthos", "submit", "name=two words"], checkout)
+    return folder
+
+
+def test_a_folder_is_named_after_group_name_and_signature(tmp_path: Path) -> None:
+    made = config(tmp_path, "group=g", "name=n")
+    assert run_folder(made, "1a2b3c4d") == tmp_path / "g" / "n-1a2b3c4d"
+
+
+def test_the_frozen_config_is_the_composed_one(tmp_path: Path, checkout: Path) -> None:
+    frozen = read_config(RunConfig, opened(tmp_path, checkout) / "config.yaml")
+    made = config(tmp_path)
+    assert frozen == dataclasses.replace(made, validate=dataclasses.replace(made.validate, requests=[]))
+
+
+def test_provenance_says_what_ran(tmp_path: Path, checkout: Path) -> None:
+    provenance = opened(tmp_path, checkout) / "provenance"
+    assert (provenance / "command.txt").read_text() == "synthos submit 'name=two words'\n"
+    facts = json.loads((provenance / "git.json").read_text())
+    commit = git(checkout, "rev-parse", "HEAD")
+    assert facts == {"commit": commit, "branch": "topic", "changed": True, "untracked": ["extra.py"]}
+    patch = (provenance / "changes.patch").read_text()
+    assert "-old\n+new\n" in patch
+    git(checkout, "checkout", "-q", "code.py")
+    git(checkout, "apply", str(provenance / "changes.patch"))
+    assert (checkout / "code.py").read_text() == "new\n"
+    packages = (provenance / "packages.txt").read_text().splitlines()
+    assert any(line.startswith("torch==2.") for line in packages) and packages == sorted(packages, key=str.lower)
+
+
+def test_outside_of_git_the_facts_are_empty(tmp_path: Path) -> None:
+    assert git_facts(tmp_path) == {"commit": "", "branch": "", "changed": False, "untracked": []}
+
+
+def test_going_on_keeps_provenance_and_takes_the_new_machines(tmp_path: Path, checkout: Path) -> None:
+    folder = opened(tmp_path, checkout)
+    before = (folder / "provenance" / "git.json").read_text()
+    git(checkout, "checkout", "-q", "code.py")
+    opened(tmp_path, checkout, "gpus_per_node=2")
+    assert (folder / "provenance" / "git.json").read_text() == before
+    assert read_config(RunConfig, folder / "config.yaml").gpus_per_node == 2
+
+
+def test_pictures_are_copied_and_named_relative_to_the_folder(tmp_path: Path, checkout: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "photo.jpg")
+    folder = opened(tmp_path, checkout, f"validate.requests=[{{name: a, reference: {tmp_path / 'photo.jpg'}}}]")
+    requests = read_config(RunConfig, folder / "config.yaml").validate.requests
+    assert isinstance(requests, list) and requests[0]["reference"] == "requests/a.reference.jpg"
+    assert (folder / "requests" / "a.reference.jpg").read_bytes() == (tmp_path / "photo.jpg").read_bytes()
+
+
+def test_only_one_process_holds_a_run(tmp_path: Path) -> None:
+    with hold(tmp_path) as lock, hold(tmp_path) as second:
+        assert lock is not None and second is None
+        # What the kernel ties to the open file outlives this process' interest in it as long as a child has it.
+        keeper = subprocess.Popen(
+            [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[lock.fileno()], text=True
+        )
+    with hold(tmp_path) as held:
+        assert held is None
+    keeper.communicate("\n", timeout=30)
+    with hold(tmp_path) as free:
+        assert free is not None
+
+
+def test_the_state_of_a_run_that_never_started(tmp_path: Path) -> None:
+    state = read_state(tmp_path / "absent")
+    assert state == RunState(exists=False, attempts=0, step=None, verdict={}, weights=None) and not state.done
+
+
+def test_the_state_counts_whole_checkpoints_only(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").touch()
+    for attempt in (1, 2):
+        (tmp_path / "attempts" / f"{attempt:04d}").mkdir(parents=True)
+    for step, whole in ((100, True), (200, True), (300, False)):
+        folder = tmp_path / "checkpoints" / f"step_{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "data").write_text("12345" if whole else "123")
+        (folder / "manifest.json").write_text(json.dumps({"data": 5}))
+    (tmp_path / "checkpoints" / ".step_00000400.part").mkdir()
+    (tmp_path / "weights" / "step_00000200").mkdir(parents=True)
+    (tmp_path / "control").mkdir()
+    verdict = {"status": "done", "cause": "finished", "step": 200, "attempt": 2, "message": ""}
+    (tmp_path / "control" / "verdict.json").write_text(json.dumps(verdict))
+    state = read_state(tmp_path)
+    assert state == RunState(True, 2, 200, verdict, tmp_path / "weights" / "step_00000200") and state.done
