@@ -1,5 +1,6 @@
 """What a run needs of the outside, its data and its pretrained weights: what is missing is said before it starts."""
 
+import importlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,17 +30,33 @@ def survey(config: RunConfig, recipe: Any, dry_run: bool) -> Survey:
 
     Raises ValueError for samples that the recipe can't read.
     """
+    absent = missing(config.model)
+    work = not dry_run and not absent  # no work for a run that can't start
+    if _unwritten(config.data):
+        note = f"data: {config.data.name} will be written to {_home(config.data)}"
+        if not work:
+            return Survey(DataFacts(), absent, [note])
+        print(note, flush=True)
+        _write(config.data)
     data = facts(config.data, recipe.inputs, build=False)
-    lines = [*data.missing, *missing(config.model)]
-    notes = _notes(config.data) if data.samples is None and not data.missing else []
-    if notes and not dry_run and not lines:  # no work for a run that can't start
+    notes = []
+    if data.samples is None and not data.missing:
+        notes = [f"data: the shards of {config.data.name} will be indexed, which reads each of them once"]
+    if notes and work:
         print(*notes, sep="\n", flush=True)
-        data = facts(config.data, recipe.inputs, build=True)
-        notes = []
-    return Survey(data, lines, notes)
+        data, notes = facts(config.data, recipe.inputs, build=True), []
+    return Survey(data, [*data.missing, *absent], notes)
 
 
-def _notes(data: DataConfig) -> list[str]:
-    if data.prepare and isinstance(data.shards, str) and not Path(data.shards).exists():
-        return [f"data: {data.name} will be written to {Path(data.shards).parent}"]
-    return [f"data: the shards of {data.name} will be indexed, which reads each of them once"]
+def _home(data: DataConfig) -> Path:
+    """The folder of a built-in data set, which holds its splits."""
+    assert isinstance(data.shards, str), "configs/data/ names one folder for a built-in data set"
+    return Path(data.shards).parent
+
+
+def _unwritten(data: DataConfig) -> bool:
+    return data.prepare is not None and not _home(data).exists()
+
+
+def _write(data: DataConfig) -> None:
+    importlib.import_module(f"synthos.data.{data.prepare}").prepare(_home(data))

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from synthos.models.parts import Models, Tiny
+from synthos.models.parts import Models
+from synthos.models.tiny import Tiny
 
 TINY_PATCH = Tiny("PatchAutoencoder", {"z_dim": 16, "scale_factor_spatial": 8})
 TINY_WAN = Tiny("AutoencoderKLWan", {"base_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1})

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from synthos.models.parts import Models, Tiny
+from synthos.models.parts import Models
+from synthos.models.tiny import Tiny
 from synthos.schema import unknown
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)

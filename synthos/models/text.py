@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from synthos.models.parts import Models, Tiny
+from synthos.models.parts import Models
+from synthos.models.tiny import Tiny
 
 VOCABULARY = 512  # entries of the tiny tokenizer
 PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"  # ids 0, 1, 2, as in umT5

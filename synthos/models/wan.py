@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from synthos.models.parts import Models, Tensors, Tiny, meta_parameters, seeded
+from synthos.models.meta import meta_parameters
+from synthos.models.parts import Models
+from synthos.models.tensors import Tensors, seeded
+from synthos.models.tiny import Tiny
 
 PROJECTOR = "condition_embedder.image_embedder"
 

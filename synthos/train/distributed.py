@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
-from synthos.models.parts import Tensors
+from synthos.models.tensors import Tensors
 from synthos.schema import RunConfig
 
 Mode = Literal["replicate", "hybrid", "full"]
@@ -62,7 +62,7 @@ def open_world(config: RunConfig) -> World:
     if "RANK" in os.environ:
         dist.init_process_group(backend)
     else:
-        dist.init_process_group(backend, store=dist.distributed_c10d.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     if dist.get_world_size() != config.ranks:
         raise RuntimeError(f"{dist.get_world_size()} ranks were started for a config of {config.ranks}")
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32

@@ -95,7 +95,8 @@ def test_too_many_pixels_are_refused_by_the_header() -> None:
         header = struct.pack(">IIBBBBB", width, width, 8, 2, 0, 0, 0)
         chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b""))
         data = b"\x89PNG\r\n\x1a\n" + b"".join(
-            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+            for kind, body in chunks
         )
         assert width * width > MAX_PIXELS
         with pytest.raises(ValueError, match="more than 64000000 pixels"):

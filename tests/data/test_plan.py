@@ -43,7 +43,10 @@ def cases(count: int) -> list[tuple[list[int], int, int, int]]:
     """Random (sizes, batch, lanes, window), with empty, single and giant shards."""
     rng, found = np.random.default_rng(1), []
     for _ in range(count):
-        sizes = [int(rng.choice([0, 1, rng.integers(2, 9), 60], p=[0.2, 0.3, 0.45, 0.05])) for _ in range(rng.integers(1, 12))]
+        sizes = [
+            int(rng.choice([0, 1, rng.integers(2, 9), 60], p=[0.2, 0.3, 0.45, 0.05]))
+            for _ in range(rng.integers(1, 12))
+        ]
         batch = int(rng.integers(1, 25))
         lanes = int(rng.choice([k for k in range(1, batch + 1) if batch % k == 0]))
         found.append(([1, *sizes], batch, lanes, int(rng.integers(1, 5))))

@@ -1,26 +1,27 @@
 """`synthos submit` from end to end: what it refuses, what it plans, and real runs on one CPU."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 
+from launch.agent import kill
 from launch.attempts import newest_record
 from launch.compose import CHECKOUT
 from launch.rundir import hold, read_state
 from synthos.data.index import open_index
+from synthos.schema import RunConfig, read_config
 from tests.launch.conftest import Submit, tree, write_shard
 from tests.support import environment
 
 Capture = pytest.CaptureFixture[str]
+Start = Callable[..., subprocess.Popen[bytes]]
 LONG = ("cluster=local", "optim.steps=100000")  # a run that only a stop ends
 
 
@@ -183,69 +184,90 @@ def test_errors_of_the_code_raise_in_debug(submit: Submit, shards: Path, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("ask", "cause", "code"),
-    [
-        (lambda process, folder: process.send_signal(signal.SIGINT), "interrupt", 130),
-        (lambda process, folder: process.send_signal(signal.SIGTERM), "terminate", 143),
-        (lambda process, folder: (folder / "control" / "stop").touch(), "stop", 0),
-    ],
-)
-def test_a_run_that_is_stopped_goes_on(
-    arguments: list[str], tmp_path: Path, ask: Callable[..., object], cause: str, code: int, capfd: Capture
-) -> None:
-    process = start(arguments, *LONG, "gpus_per_node=2")
-    folder = wait_for_steps(tmp_path)
-    ask(process, folder)
-    assert process.wait(timeout=120) == code
-    record, verdict = newest_record(folder), json.loads((folder / "control" / "verdict.json").read_text())
-    assert (verdict["status"], verdict["cause"], verdict["attempt"]) == ("stopped", cause, 1)
-    assert (record["status"], record["cause"], record["end_step"]) == ("stopped", cause, verdict["step"])
-    assert read_state(folder).step == verdict["step"] > 0
-    assert yaml.safe_load((folder / "config.yaml").read_text())["gpus_per_node"] == 2
+def test_an_interrupted_run_goes_on_with_other_ranks(start: Start, tmp_path: Path, capfd: Capture) -> None:
+    process = start(*LONG, "gpus_per_node=2")
+    folder = wait_for_steps(process, tmp_path)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=120) == 130
+    step = check_stopped(folder, "interrupt")
+    assert read_state(folder).step == step > 0
+    assert read_config(RunConfig, folder / "config.yaml").ranks == 2
 
-    again = start(arguments, *LONG)  # on one rank now
-    wait_for_steps(tmp_path, after=verdict["step"])
-    assert f"continues from step {verdict['step']}" in capfd.readouterr().out
+    again = start(*LONG)
+    wait_for_steps(again, tmp_path, after=step)
+    assert f"continues from step {step}" in capfd.readouterr().out
     again.send_signal(signal.SIGINT)
     assert again.wait(timeout=120) == 130
     record = newest_record(folder)
-    assert (record["attempt"], record["start_step"]) == (2, verdict["step"]) and record["end_step"] > verdict["step"]
+    assert (record["attempt"], record["start_step"]) == (2, step) and record["end_step"] > step
 
 
 @pytest.mark.slow
-def test_a_run_whose_agent_was_killed_stays_locked_until_its_ranks_end(arguments: list[str], tmp_path: Path) -> None:
-    process = start(arguments, *LONG)
-    folder = wait_for_steps(tmp_path)
+@pytest.mark.parametrize(("cause", "code"), [("terminate", 143), ("stop", 0)])
+def test_other_ways_to_end_a_run(start: Start, tmp_path: Path, cause: str, code: int) -> None:
+    process = start(*LONG)
+    folder = wait_for_steps(process, tmp_path)
+    if cause == "terminate":
+        process.send_signal(signal.SIGTERM)
+    else:
+        (folder / "control" / "stop").touch()
+    assert process.wait(timeout=120) == code
+    check_stopped(folder, cause)
+
+
+@pytest.mark.slow
+def test_a_run_whose_agent_was_killed_stays_locked_until_its_ranks_end(start: Start, tmp_path: Path) -> None:
+    process = start(*LONG)
+    folder = wait_for_steps(process, tmp_path)
     process.kill()
     process.wait(timeout=20)
-    with hold(folder) as lock:
-        assert lock is None
+    assert is_held(folder)
     (folder / "control" / "stop").touch()
     end = time.monotonic() + 60
-    while time.monotonic() < end:
-        with hold(folder) as lock:
-            if lock is not None:
-                break
+    while is_held(folder) and time.monotonic() < end:
         time.sleep(0.2)
-    assert lock is not None and json.loads((folder / "control" / "verdict.json").read_text())["cause"] == "stop"
+    assert not is_held(folder) and read_state(folder).verdict["cause"] == "stop"
 
 
-def start(arguments: list[str], *overrides: str) -> subprocess.Popen[bytes]:
-    """The command in a process of its own, away from its folder."""
-    changed = {override.split("=")[0] for override in overrides}
-    kept = [argument for argument in arguments if argument.split("=")[0] not in changed]
-    command = [sys.executable, str(CHECKOUT / "launch" / "submit.py"), *kept, *overrides]
-    return subprocess.Popen(command, cwd="/", env={**environment(), "OMP_NUM_THREADS": "1"})
+@pytest.fixture
+def start(arguments: list[str]) -> Iterator[Start]:
+    """Runs the command in a process of its own, away from its folder; what is left of it is killed in the end."""
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def run(*overrides: str) -> subprocess.Popen[bytes]:
+        changed = {override.split("=")[0] for override in overrides}
+        kept = [argument for argument in arguments if argument.split("=")[0] not in changed]
+        command = [sys.executable, str(CHECKOUT / "launch" / "submit.py"), *kept, *overrides]
+        processes.append(subprocess.Popen(command, cwd="/", env={**environment(), "OMP_NUM_THREADS": "1"}))
+        return processes[-1]
+
+    yield run
+    for process in processes:
+        if process.poll() is None:
+            kill(process.pid)
+            process.wait(timeout=20)
 
 
-def wait_for_steps(tmp_path: Path, after: int = 0, seconds: float = 120) -> Path:
+def wait_for_steps(process: subprocess.Popen[bytes], tmp_path: Path, after: int = 0) -> Path:
     """The run's folder as soon as it has logged a step beyond `after`."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
+    end = time.monotonic() + 120
+    while time.monotonic() < end and process.poll() is None:
         for metrics in (tmp_path / "runs").glob("*/*/metrics.jsonl"):
             lines = [line for line in metrics.read_text().splitlines() if line.endswith("}")]
             if lines and json.loads(lines[-1])["step"] > after:
                 return metrics.parent
         time.sleep(0.1)
-    raise AssertionError(f"no step within {seconds} s: {os.listdir(tmp_path)}")
+    raise AssertionError(f"no step beyond {after}; exit code {process.poll()}")
+
+
+def check_stopped(folder: Path, cause: str) -> int:
+    """The first attempt and its verdict tell the same; returns the step it stopped at."""
+    record, verdict = newest_record(folder), read_state(folder).verdict
+    assert (verdict["status"], verdict["cause"], verdict["attempt"]) == ("stopped", cause, 1)
+    assert (record["status"], record["cause"], record["end_step"]) == ("stopped", cause, verdict["step"])
+    return int(verdict["step"])
+
+
+def is_held(folder: Path) -> bool:
+    with hold(folder) as lock:
+        return lock is None

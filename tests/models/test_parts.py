@@ -9,7 +9,9 @@ from safetensors.torch import save_file
 
 from synthos.models.autoencoder import TINY_WAN, build_autoencoder
 from synthos.models.clip import TINY_CLIP, build_image_encoder
-from synthos.models.parts import Models, find_class, match_tensors, missing, seeded
+from synthos.models.meta import find_class
+from synthos.models.parts import Models, missing
+from synthos.models.tensors import match_tensors, seeded
 from synthos.models.text import TINY_TEXT, TINY_TOKENIZER
 from synthos.schema import ModelConfig, PartConfig
 from tests.models.conftest import fill

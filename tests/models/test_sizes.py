@@ -8,7 +8,8 @@ import yaml
 
 from synthos.models.autoencoder import build_autoencoder
 from synthos.models.clip import image_width
-from synthos.models.parts import Models, Tiny
+from synthos.models.parts import Models
+from synthos.models.tiny import Tiny
 from synthos.schema import ModelConfig, load
 
 FOLDER = Path(__file__).parents[2] / "configs" / "model"

@@ -1,0 +1,199 @@
+"""The stream: the same samples for any number of ranks and readers, and after any stop."""
+
+import json
+import tarfile
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from synthos.batch import Batch, Input
+from synthos.data.stream import HeldOut, Stream
+from synthos.keys import sample_id, signed64
+from synthos.schema import DataConfig
+from tests.data.make import INPUTS, config, data_set
+
+SAMPLES, BATCH = 23, 8
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return data_set(tmp_path_factory.mktemp("data") / "set", SAMPLES, shard_size=5)
+
+
+def stream(data: Path | DataConfig, rank: int = 0, world: int = 1, seed: int = 0, batch: int = BATCH) -> Stream:
+    data = data if isinstance(data, DataConfig) else config(data)
+    return Stream(data, INPUTS, batch_size=batch, rank=rank, world=world, seed=seed)
+
+
+def take(one: Stream, count: int) -> list[Batch]:
+    return [one.next() for _ in range(count)]
+
+
+def ids(batches: list[Batch]) -> list[list[int]]:
+    return [batch.ids.tolist() for batch in batches]
+
+
+def test_a_batch_is_what_its_ids_say(folder: Path) -> None:
+    expected = {}
+    for path in sorted(folder.glob("*.tar")):
+        with tarfile.open(path) as file:
+            for name in (n for n in file.getnames() if n.endswith(".json")):
+                reader = file.extractfile(name)
+                assert reader is not None
+                number = json.load(reader)["number"]
+                expected[signed64(sample_id("set", path.name, name.removesuffix(".json")))] = number
+    one = stream(folder)
+    assert len(one) == SAMPLES == len(expected)
+    for batch in take(one, 7):
+        assert batch.images("image").shape == (BATCH, 3, 8, 8) and batch.images("image").dtype == torch.uint8
+        for row, identity in enumerate(batch.ids.tolist()):
+            number = expected[identity]
+            assert batch.texts("text")[row] == f"caption {number}"
+            assert batch.images("image")[row, :, 3, 4].tolist() == [number % 256, number // 256, 7]
+
+
+def test_every_epoch_has_every_sample_once(folder: Path) -> None:
+    batches = take(stream(folder), SAMPLES)  # eight epochs
+    seen: dict[int, list[int]] = {}
+    for batch in batches:
+        for epoch, identity in zip(batch.epochs.tolist(), batch.ids.tolist(), strict=True):
+            seen.setdefault(epoch, []).append(identity)
+    assert sorted(seen) == list(range(BATCH))
+    assert len({tuple(sorted(group)) for group in seen.values()}) == 1 and len(set(seen[0])) == SAMPLES
+
+
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_any_number_of_ranks_shares_the_same_batches(folder: Path, world: int) -> None:
+    whole = stream(folder)
+    ranks = [stream(folder, rank, world) for rank in range(world)]
+    for _ in range(6):
+        batch, shares = whole.next(), [rank.next() for rank in ranks]
+        assert torch.equal(batch.ids, torch.cat([share.ids for share in shares]))
+        assert torch.equal(batch.epochs, torch.cat([share.epochs for share in shares]))
+        assert {rank.digest() for rank in ranks} == {whole.digest()}
+        assert all(rank.state_dict() == whole.state_dict() for rank in ranks)
+
+
+def test_digests_differ_from_batch_to_batch(folder: Path) -> None:
+    one = stream(folder)
+    digests = [one.next() and one.digest() for _ in range(5)]
+    assert len(set(digests)) == 5 and all(len(digest) == 16 for digest in digests)
+
+
+def test_resume_at_every_step(folder: Path) -> None:
+    straight, states = stream(folder), []
+    states.append(straight.state_dict())
+    batches = []
+    for _ in range(9):
+        batches.append(straight.next())
+        states.append(straight.state_dict())
+    for step, state in enumerate(states):
+        again = stream(folder)
+        again.load_state_dict(json.loads(json.dumps(state)))
+        assert again.state_dict() == state and again.cursor == step * BATCH
+        assert ids(take(again, 9 - step)) == ids(batches[step:])
+
+
+def test_two_stops_within_one_epoch_and_on_other_ranks(folder: Path) -> None:
+    expected = ids(take(stream(folder, batch=4), 12))
+    found: list[list[int]] = []
+    state = stream(folder, batch=4).state_dict()
+    for world, stop in ((1, 2), (2, 4), (4, 5), (2, 12)):  # three stops in the first epoch of 23
+        ranks = [stream(folder, rank, world, batch=4) for rank in range(world)]
+        for rank in ranks:
+            rank.load_state_dict(state)
+        for _ in range(stop - len(found)):
+            found.append([i for rank in ranks for i in rank.next().ids.tolist()])
+        state = ranks[-1].state_dict()
+    assert found == expected
+
+
+def test_reading_processes_change_nothing(folder: Path) -> None:
+    direct, parallel = stream(folder), stream(config(folder, workers=2))
+    for _ in range(4):
+        one, two = direct.next(), parallel.next()
+        assert torch.equal(one.ids, two.ids) and torch.equal(one.images("image"), two.images("image"))
+        assert one.texts("text") == two.texts("text") and direct.digest() == parallel.digest()
+        assert direct.state_dict() == parallel.state_dict()  # what is fetched ahead does not count
+    state = parallel.state_dict()
+    take(parallel, 3)
+    parallel.load_state_dict(state)
+    assert ids(take(parallel, 3)) == ids(take(direct, 3))
+    parallel.close()
+
+
+def test_order_depends_on_the_seed(folder: Path) -> None:
+    assert ids(take(stream(folder, seed=0), 2)) != ids(take(stream(folder, seed=1), 2))
+
+
+def test_another_order_is_refused(folder: Path, tmp_path: Path) -> None:
+    state = stream(folder).state_dict()
+    with pytest.raises(ValueError, match="seed is 1, the checkpoint has 0$"):
+        stream(folder, seed=1).load_state_dict(state)
+    with pytest.raises(ValueError, match="batch_size is 4, the checkpoint has 8; lanes is 4, the checkpoint has 8$"):
+        stream(folder, batch=4).load_state_dict(state)
+    with pytest.raises(ValueError, match="holdout_fraction is 0.5, the checkpoint has 0.0"):
+        stream(config(folder, holdout_fraction=0.5)).load_state_dict(state)
+    grown = data_set(tmp_path / "grown", SAMPLES + 1, shard_size=5)
+    with pytest.raises(ValueError, match="sources is .*'samples': 24.*, the checkpoint has .*'samples': 23"):
+        stream(grown).load_state_dict(state)
+    for broken in ({}, {**state, "cursor_samples": 3}, {**state, "version": 0}, {**state, "cursor_samples": None}):
+        with pytest.raises(ValueError, match="the checkpoint belongs to another order of samples"):
+            stream(folder).load_state_dict(broken)
+
+
+@pytest.mark.parametrize("batch, world, near", [(8, 3, "6 and 9"), (2, 4, "4 and 8")])
+def test_ranks_must_divide_the_batch(folder: Path, batch: int, world: int, near: str) -> None:
+    with pytest.raises(ValueError, match=rf"batch\.size: {batch} does not divide among {world} ranks; {near} do"):
+        stream(folder, 0, world, batch=batch)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_sample_that_changed_is_named(tmp_path: Path, workers: int) -> None:
+    folder = data_set(tmp_path / "set", 1, shard_size=1)
+    one = stream(config(folder, workers=workers), batch=1)
+    shard = folder / "00000.tar"
+    shard.write_bytes(shard.read_bytes().replace(b"caption 0", b"caption 1"))
+    with pytest.raises(RuntimeError, match=r"00000\.tar: sample '000000000' has changed since it was indexed"):
+        one.next()
+    one.close()
+
+
+def test_one_member_may_serve_two_inputs(folder: Path) -> None:
+    inputs = {"a": Input("image", ("png",)), "b": Input("image", ("png",), crop="whole")}
+    batch = Stream(config(folder, height=4), inputs, batch_size=2, rank=0, world=1, seed=0).next()
+    assert batch.images("a").shape == batch.images("b").shape == (2, 3, 4, 8)
+
+
+def test_held_out_samples_are_never_trained_on(folder: Path) -> None:
+    data = config(folder, holdout_fraction=0.3)
+    held_out, one = HeldOut(data, INPUTS), stream(data)
+    trained = {i for batch in ids(take(one, 6)) for i in batch}
+    everything = {i for batch in ids(take(stream(folder), 3)) for i in batch}
+    kept: Tensor = held_out.ids
+    assert 1 <= len(held_out) < SAMPLES and len(held_out) + len(one) == SAMPLES
+    assert not trained & set(kept.tolist()) and trained | set(kept.tolist()) == everything
+    batch = held_out.batch([1, 0])
+    assert batch.ids.tolist() == kept[[1, 0]].tolist() and batch.epochs.tolist() == [0, 0]
+    assert all(a < b for a, b in pairwise(kept.numpy().view(np.uint64).tolist()))
+
+
+def test_a_larger_fraction_keeps_what_was_held_out(folder: Path) -> None:
+    small, large = (set(HeldOut(config(folder, holdout_fraction=f), INPUTS).ids.tolist()) for f in (0.2, 0.6))
+    assert small < large
+
+
+def test_held_out_shards_of_their_own(folder: Path, tmp_path: Path) -> None:
+    own = data_set(tmp_path / "own", 7, shard_size=3, first=200)
+    data = config(folder, validation=str(own))
+    held_out = HeldOut(data, INPUTS)
+    assert len(held_out) == 7 and len(stream(data)) == SAMPLES
+    assert sorted(held_out.batch(list(range(7))).texts("text")) == [f"caption {i}" for i in range(200, 207)]
+    trained = {i for batch in ids(take(stream(data), 3)) for i in batch}
+    assert not trained & set(held_out.ids.tolist())  # the same shard names and keys, yet other ids
+    assert len(HeldOut(replace(data, validation=None), INPUTS)) == 0
