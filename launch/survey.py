@@ -1,6 +1,6 @@
 """What a run needs of the outside, its data and its pretrained weights: what is missing is said before it starts."""
 
-import importlib
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,10 @@ def survey(config: RunConfig, recipe: Any, dry_run: bool) -> Survey:
 
 def _home(data: DataConfig) -> Path:
     """The folder of a built-in data set, which holds its splits."""
-    assert isinstance(data.shards, str), "configs/data/ names one folder for a built-in data set"
+    if not isinstance(data.shards, str):
+        raise ValueError(
+            f"data.shards: {data.shards!r} is not allowed with data.prepare; expected one folder, or null there"
+        )
     return Path(data.shards).parent
 
 
@@ -59,4 +62,9 @@ def _unwritten(data: DataConfig) -> bool:
 
 
 def _write(data: DataConfig) -> None:
-    importlib.import_module(f"synthos.data.{data.prepare}").prepare(_home(data))
+    module = f"synthos.data.{data.prepare}"
+    if not importlib.util.find_spec(module):
+        raise ValueError(
+            f"data.prepare: {data.prepare!r} is unknown, there is no module {module}; expected null or photos"
+        )
+    importlib.import_module(module).prepare(_home(data))

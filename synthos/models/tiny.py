@@ -27,7 +27,7 @@ class Tiny:
 
 
 def tiny_folder(cache_dir: Path, part: str, tiny: Tiny) -> Path:
-    """Write a tiny part once; ranks that meet here write the same bytes and one rename wins."""
+    """Write a tiny part once; processes that meet here write the same bytes and one rename wins."""
     key = hash64(part, tiny.class_name, json.dumps(tiny.config, sort_keys=True))
     folder = cache_dir / "tiny" / f"{part}-{key:016x}"
     if folder.is_dir():
@@ -47,7 +47,7 @@ def tiny_folder(cache_dir: Path, part: str, tiny: Tiny) -> Path:
             module.save_pretrained(temporary)  # type: ignore[operator]
     try:
         temporary.rename(folder)
-    except OSError:  # another rank was first
+    except OSError:  # another was first
         shutil.rmtree(temporary)
     return folder
 
