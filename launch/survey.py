@@ -52,7 +52,7 @@ def _home(data: DataConfig) -> Path:
     """The folder of a built-in data set, which holds its splits."""
     if not isinstance(data.shards, str):
         raise ValueError(
-            f"data.shards: {data.shards!r} is not allowed with data.prepare; expected one folder, or null there"
+            f"data.shards: {data.shards!r} is not allowed with data.prepare; expected one folder, or data.prepare=null"
         )
     return Path(data.shards).parent
 

@@ -132,9 +132,9 @@ def color_name(rgb: NDArray[np.float64]) -> str:
     name = next(name for limit, name in HUES if 360 * hue < limit)
     if name == "orange" and value < 0.65:
         name = "brown"
-    if name == "red" and saturation < 0.4 <= value:
+    if name == "red" and saturation < 0.5 <= value:
         return "pink"
-    return f"dark {name}" if value < 0.4 else f"pale {name}" if saturation < 0.4 else name
+    return f"dark {name}" if value < 0.4 else f"pale {name}" if saturation < 0.5 else name
 
 
 def _place(box: Box, photo: Image.Image) -> str:

@@ -4,6 +4,7 @@ The planner lives in this process and hands read instructions to stateless reade
 training has consumed, not those fetched ahead. So the whole state is one number, equal on every rank.
 """
 
+import atexit
 import hashlib
 import itertools
 import signal
@@ -99,6 +100,11 @@ class Stream:
 
     def close(self) -> None:
         """Stop the readers and forget what they have fetched ahead; `next` would start them again."""
+        atexit.unregister(self.close)
+        # Dropping the iterator stops its readers too, but not while the traceback of an error still holds it.
+        stop = getattr(self._batches, "_shutdown_workers", None)
+        if stop is not None:
+            stop()
         self._batches = None
         self._planned.clear()
 
@@ -127,6 +133,8 @@ class Stream:
             multiprocessing_context="forkserver" if workers else None,
             worker_init_fn=_ignore_signals if workers else None,
         )
+        if workers:
+            atexit.register(self.close)  # Python would end readers by SIGTERM, which they ignore, and wait for ever
         return iter(loader)
 
     def _instruct(self, t: int) -> list[Sample]:

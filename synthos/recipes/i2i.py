@@ -5,7 +5,7 @@ whole transformer (`train: full`). Frozen: umT5, CLIP, the VAE, and with `projec
 activations the gradient still flows. Sampling starts from pure noise; no latent of the reference is ever given.
 
 Flow matching (arXiv 2210.02747): x_t = (1 - s) x_0 + s n, target n - x_0, s uniform on 1000 points of the shift-5 grid,
-loss w(t) mean((prediction - target)^2) with a bell-shaped w of mean 1. Text and image are dropped independently, to the
+loss w(t) mean((prediction - target)^2), w a bell of mean 1 or uniform. Text and image are dropped independently, to the
 empty prompt's states and to zero tokens, so that guidance has two scales:
 v = v(0, 0) + g_image [v(0, image) - v(0, 0)] + g_text [v(text, image) - v(0, image)].
 
@@ -41,6 +41,7 @@ class I2IConfig:
     image_preprocess: Literal["squash", "crop"]  # of the training crop to the image encoder's square
     text_length: int  # tokens; every prompt is padded to exactly this many
     shift: float  # of the noise levels, in training and sampling
+    loss_weight: Literal["bell", "uniform"]  # over time; the bell is zero at pure noise, where layout is decided
     drop_text: float  # probability
     drop_image: float  # probability, independent of drop_text
     guidance_text: float  # scale where a request names none
@@ -92,7 +93,8 @@ class I2I:
             for parameter in parameters:
                 parameter.requires_grad_(True)
         self.grid = shifted_grid(1000, config.shift)  # float64 [1000], descending
-        self.weight = bell_weights(1000 * self.grid)  # float64 [1000]
+        bell = config.loss_weight == "bell"
+        self.weight = bell_weights(1000 * self.grid) if bell else torch.ones_like(self.grid)  # float64 [1000]
 
     def fsdp_units(self) -> list[nn.Module]:
         return [self.projector, *self.network.blocks]

@@ -90,7 +90,8 @@ def test_quarters_are_named_by_their_colour() -> None:
 @pytest.mark.parametrize(
     "rgb, name",
     [((255, 0, 0), "red"), ((0, 0, 80), "dark blue"), ((20, 20, 20), "black"), ((250, 250, 250), "white"),
-     ((128, 128, 128), "grey"), ((255, 170, 180), "pink"), ((150, 190, 255), "pale blue"), ((120, 70, 30), "brown"), ((0, 200, 0), "green")],
+     ((128, 128, 128), "grey"), ((255, 170, 180), "pink"), ((150, 190, 255), "pale blue"),
+     ((120, 70, 30), "brown"), ((0, 200, 0), "green")],
 )  # fmt: skip
 def test_colour_names(rgb: tuple[int, int, int], name: str) -> None:
     assert color_name(np.array(rgb, float)) == name

@@ -1,6 +1,11 @@
 """The stream: the same samples for any number of ranks and readers, and after any stop."""
 
 import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
 import tarfile
 from dataclasses import replace
 from itertools import pairwise
@@ -125,6 +130,37 @@ def test_reading_processes_change_nothing(folder: Path) -> None:
     parallel.load_state_dict(state)
     assert ids(take(parallel, 3)) == ids(take(direct, 3))
     parallel.close()
+
+
+def test_readers_outlive_a_signal_meant_for_training(folder: Path) -> None:
+    one = stream(config(folder, workers=1))
+    found = take(one, 1)
+    for reader in multiprocessing.active_children():
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            os.kill(reader.pid or 0, number)
+    found += take(one, 5)
+    assert ids(found) == ids(take(stream(folder), 6))
+    one.close()
+    assert not multiprocessing.active_children()
+
+
+def test_an_error_ends_a_process_with_readers(folder: Path, tmp_path: Path) -> None:
+    """No `close`, and the error's traceback holds everything until the end."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from tests.data.make import INPUTS, config\n"
+        "from synthos.data.stream import Stream\n"
+        "if __name__ == '__main__':\n"
+        f"    data = config({str(folder)!r}, workers=1)\n"
+        "    stream = Stream(data, INPUTS, batch_size=8, rank=0, world=1, seed=0)\n"
+        "    stream.next()\n"
+        "    raise SystemError('on purpose')\n"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, str(script)], env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, timeout=60
+    )
+    assert done.returncode == 1 and b"on purpose" in done.stderr
 
 
 def test_order_depends_on_the_seed(folder: Path) -> None:

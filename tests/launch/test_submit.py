@@ -141,6 +141,11 @@ def test_from_any_folder_and_from_a_second_clone(arguments: list[str], tmp_path:
         assert done.returncode == 0, done.stderr
         assert f"recipe:     {mark}, model tiny" in done.stdout and f"run folder: {root / 'runs'}" in done.stdout
     assert not (clone / "runs").exists()
+    done = subprocess.run(
+        [*command, "optim.lrr=1"], cwd="/", env=environment(), capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: optim.lrr: unknown key") and len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.slow
@@ -168,19 +173,26 @@ def test_a_run_that_is_alive_is_left_alone(submit: Submit, tmp_path: Path, capsy
 
 
 @pytest.mark.slow
-def test_errors_of_the_code_raise_in_debug(submit: Submit, shards: Path, tmp_path: Path) -> None:
-    """A shard that goes bad after the plan: the fault surfaces here, and the ledger is closed."""
+def test_faults_of_the_run_raise_in_debug_and_are_named_by_local(
+    submit: Submit, shards: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    """A shard that went bad after it was indexed; the ledger is closed either way."""
     (tmp_path / "copy").mkdir()
     for file in shards.glob("*.tar"):
         shutil.copy(file, tmp_path / "copy" / file.name)
         open_index(str(tmp_path / "copy" / file.name))
-    assert submit("dry_run=true", f"data.shards={tmp_path / 'copy'}") == 0
     for file in (tmp_path / "copy").glob("*.tar"):
         size = file.stat().st_size
         file.write_bytes(b"\0" * size)
-    with pytest.raises((RuntimeError, ValueError, OSError)):
+    with pytest.raises(RuntimeError, match="has changed since it was indexed"):
         submit(f"data.shards={tmp_path / 'copy'}")
     assert newest_record(only_run(tmp_path))["status"] == "failed"
+    capsys.readouterr()
+    assert submit(f"data.shards={tmp_path / 'copy'}", "cluster=local") == 1
+    record = newest_record(only_run(tmp_path))
+    assert (record["attempt"], record["status"], record["cause"]) == (2, "failed", "error")
+    err = capsys.readouterr().err
+    assert err.startswith("attempt 2 failed: RuntimeError: ") and "has changed since it was indexed" in err
 
 
 @pytest.mark.slow

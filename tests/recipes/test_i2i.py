@@ -20,7 +20,7 @@ from synthos.train.distributed import World, build_mesh, fill_sharded, fill_whol
 from synthos.train.validate import encode_all, sample
 from tests.support import run_config, world_of_one
 
-CONFIG = I2IConfig("full", "squash", 8, 5.0, 0.1, 0.1, 5.0, 5.0)
+CONFIG = I2IConfig("full", "squash", 8, 5.0, "bell", 0.1, 0.1, 5.0, 5.0)
 
 
 @pytest.fixture(scope="module")
