@@ -1,6 +1,7 @@
 """What a run needs of the outside, its data and its pretrained weights: what is missing is said before it starts."""
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,12 @@ class Survey:
     notes: list[str]
 
 
-def survey(config: RunConfig, recipe: Any, dry_run: bool) -> Survey:
+def survey(config: RunConfig, recipe: Any, dry_run: bool, absent: Sequence[str] = ()) -> Survey:
     """Look at weights and data. Unless it is a dry run, a built-in data set is written and absent indexes are built.
 
-    Raises ValueError for samples that the recipe can't read.
+    `absent` are further lines of what is missing. Raises ValueError for samples that the recipe can't read.
     """
-    absent = missing(config.model)
+    absent = [*absent, *missing(config.model)]
     work = not dry_run and not absent  # no work for a run that can't start
     if _unwritten(config.data):
         note = f"data: {config.data.name} will be written to {_home(config.data)}"

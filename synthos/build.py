@@ -28,7 +28,7 @@ from synthos.train.distributed import (
 from synthos.train.ema import Ema
 from synthos.train.export import exporter
 from synthos.train.loop import Job
-from synthos.train.optim import build_optimizer
+from synthos.train.optim import build_optimizer, check_groups
 from synthos.train.report import Report
 from synthos.train.state import TrainState, trained_parameters
 from synthos.train.stop import Stop
@@ -60,8 +60,12 @@ def build_recipe(recipe: dict[str, Any], models: Models, encoders: bool = True) 
 
 
 def count_parameters(config: RunConfig) -> dict[str, int]:
-    """Parameters that train, and all of them with the frozen parts; counted on the meta device, no file is read."""
+    """Parameters that train, and all of them with the frozen parts; counted on the meta device, no file is read.
+
+    Raises ValueError for a learning rate of a parameter group that the recipe does not have.
+    """
     recipe = build_recipe(config.recipe, Models(config.model, Path(config.cache_dir), meta_only=True))
+    check_groups(config.optim, recipe.param_groups())
     parts = (recipe.network, recipe.encoders, recipe.frozen)
     trained = sum(p.numel() for p in recipe.network.parameters() if p.requires_grad)
     return {"trainable": trained, "total": sum(p.numel() for part in parts for p in part.parameters())}

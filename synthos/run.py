@@ -46,7 +46,7 @@ def main(run_dir: Path, attempt: int) -> dict[str, Any]:
         if report:
             report.close(verdict)
         if rank == 0 or verdict["status"] == "failed":
-            _write_verdict(run_dir / "control" / "verdict.json", verdict)
+            write_verdict(run_dir / "control" / "verdict.json", verdict)
         logging.getLogger("synthos").removeHandler(handler)
         handler.close()
     world.close()
@@ -72,7 +72,12 @@ def _open_log(path: Path) -> logging.Handler:
     return handler
 
 
-def _write_verdict(path: Path, verdict: dict[str, Any]) -> None:
+def write_verdict(path: Path, verdict: dict[str, Any]) -> None:
+    """Write how an attempt ended. Of several ranks that fail, the first tells why: the others lost their peers."""
+    if verdict["status"] == "failed" and path.exists():
+        told = json.loads(path.read_text())
+        if (told["attempt"], told["status"]) == (verdict["attempt"], "failed"):
+            return
     path.parent.mkdir(exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}.part")
     part.write_text(json.dumps(verdict, indent=1))

@@ -63,8 +63,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 
 def test_folder_explains_itself(finished: Finished) -> None:
     names = {p.name for p in finished.folder.iterdir()}
-    assert names == {"config.yaml", "provenance", "requests", "attempts", "control", "checkpoints", "weights", "samples",
-                     "data", "metrics.jsonl", "wandb"}  # fmt: skip
+    assert names == {"config.yaml", "provenance", "requests", "attempts", "control", "checkpoints", "weights",
+                     "samples", "data", "metrics.jsonl", "wandb"}  # fmt: skip
     verdict = json.loads((finished.folder / "control" / "verdict.json").read_text())
     assert (verdict["status"], verdict["step"], verdict["message"]) == ("done", 4, "")
     assert not list(finished.folder.rglob("*.part"))
@@ -72,9 +72,9 @@ def test_folder_explains_itself(finished: Finished) -> None:
 
 def test_metrics_have_the_agreed_keys(finished: Finished) -> None:
     step = next(m for m in finished.metrics if "train/loss" in m)
-    expected = {"train/loss", "train/loss_velocity_mse", "train/lr/projector", "train/lr/transformer", "train/grad_norm",
-                "train/grad_norm/projector", "train/grad_norm/transformer", "train/sigma_mean", "train/samples_per_s",
-                "data/wait", "data/digest"}  # fmt: skip
+    expected = {"train/loss", "train/loss_velocity_mse", "train/lr/projector", "train/lr/transformer",
+                "train/grad_norm", "train/grad_norm/projector", "train/grad_norm/transformer", "train/sigma_mean",
+                "train/samples_per_s", "data/wait", "data/digest"}  # fmt: skip
     assert expected <= set(step) and any(key.startswith("train/loss_by_t/") for key in step)
     values = [v for m in finished.metrics for v in m.values() if isinstance(v, float)]
     assert np.isfinite(values).all()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from launch import backends
 from launch.attempts import newest_record
-from launch.check import value_problems
+from launch.check import machine_problems, value_problems
 from launch.compose import CHECKOUT, choices, compose
 from launch.identity import sig8
 from launch.plan import Plan
@@ -51,7 +51,7 @@ def make_plan(config: RunConfig, dry_run: bool) -> Plan:
     validate = dataclasses.replace(config.validate, requests=load_requests(config, recipe))
     config = dataclasses.replace(config, validate=validate)
     parameters = count_parameters(config)
-    found = survey(config, recipe, dry_run)
+    found = survey(config, recipe, dry_run, [*machine_problems(config)])
     samples, fingerprint = found.data.samples, found.data.fingerprint
     folder = run_folder(config, sig8(config, fingerprint)) if fingerprint else None
     return Plan(

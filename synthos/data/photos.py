@@ -8,6 +8,7 @@ each quarter, brightness, contrast and scale, in two to five sentences.
 import colorsys
 import importlib.util
 import io
+import itertools
 import os
 import shutil
 from collections.abc import Iterator
@@ -21,7 +22,8 @@ from synthos.data.write import Row, write_shards
 from synthos.keys import hash64
 
 SIZE = 64  # pixels of a crop
-SIDES = (64, 192)  # pixels of the photograph that it may show
+SIDES = (64, 96)  # pixels of the photograph that it may show
+CONTRAST = 12  # least deviation, in grey levels, of the means of its 4 x 4 parts: a flat crop has no layout to learn
 LEFT = 0.7  # of each photograph's width is trained on
 SUBJECTS = {
     "astronaut.png": "the astronaut",
@@ -69,8 +71,7 @@ def crops(split: str, photos: dict[str, Image.Image]) -> Iterator[Row]:
     for number in range(count):
         for name in names:
             photo = photos[name]
-            box = _draw_box(photo, part, f"{split} {name} {number}")
-            crop = photo.crop(box).resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+            box, crop = _draw_crop(photo, part, f"{split} {name} {number}")
             place = _place(box, photo)
             caption = _caption(np.asarray(crop), SUBJECTS[name], place, box, sentences=2 + hash64(split, *box) % 4)
             yield Row(_jpeg(crop), caption, {"photo": name, "region": place, "box": list(box)})
@@ -93,6 +94,17 @@ def _publish(part: Path, folder: Path) -> None:
     except OSError:
         if not folder.is_dir():  # else another process was first, with the same bytes
             raise
+
+
+def _draw_crop(photo: Image.Image, part: tuple[float, float], key: str) -> tuple[Box, Image.Image]:
+    """The first of a row of random squares that shows something; a pure function of `key`."""
+    for attempt in itertools.count():
+        box = _draw_box(photo, part, f"{key} {attempt}")
+        crop = photo.crop(box).resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+        parts = np.asarray(crop.convert("L").resize((4, 4), Image.Resampling.BOX), np.float64)
+        if parts.std() >= CONTRAST:
+            break
+    return box, crop
 
 
 def _draw_box(photo: Image.Image, part: tuple[float, float], key: str) -> Box:

@@ -23,12 +23,13 @@ class Tiny:
     class_name: str
     config: dict[str, Any]
     init: Callable[[nn.Module], None] | None = None  # changes the freshly initialised module in place
+    version: int = 1  # raised when `init` or `save` changes what is written
     save: Callable[[Path], None] | None = None  # writes what is no module (a tokenizer) into the part's folder
 
 
 def tiny_folder(cache_dir: Path, part: str, tiny: Tiny) -> Path:
     """Write a tiny part once; processes that meet here write the same bytes and one rename wins."""
-    key = hash64(part, tiny.class_name, json.dumps(tiny.config, sort_keys=True))
+    key = hash64(part, tiny.class_name, tiny.version, json.dumps(tiny.config, sort_keys=True))
     folder = cache_dir / "tiny" / f"{part}-{key:016x}"
     if folder.is_dir():
         return folder

@@ -3,6 +3,7 @@
 Wan2.1: arXiv 2503.20314. Classes are diffusers'; the projector has the form and names of its Wan image-to-video models.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -57,7 +58,11 @@ def build_transformer(models: Models, image_dim: int) -> Any:
 
 
 def _projector_init(projector: nn.Module) -> Tensors:
-    """Linear weights N(0, 0.02), biases zero, LayerNorms identity."""
+    """Linear weights N(0, 0.02) at CLIP ViT-H's width of 1280, scaled to keep that variance of outputs at others;
+    biases zero, LayerNorms identity.
+
+    The scale matters although a LayerNorm follows: small weights are turned over by Adam's first steps.
+    """
     init: Tensors = {}
     for name, parameter in projector.named_parameters():
         shape = tuple(parameter.shape)
@@ -66,7 +71,8 @@ def _projector_init(projector: nn.Module) -> Tensors:
         elif name.startswith("norm"):
             init[name] = lambda shape=shape: torch.ones(shape)  # type: ignore[misc]
         else:
-            init[name] = seeded(name, lambda g, shape=shape: 0.02 * torch.randn(shape, generator=g))  # type: ignore[misc]
+            scale = 0.02 * math.sqrt(1280 / shape[1])
+            init[name] = seeded(name, lambda g, shape=shape, scale=scale: scale * torch.randn(shape, generator=g))  # type: ignore[misc]
     return {f"{PROJECTOR}.{name}": make for name, make in init.items()}
 
 

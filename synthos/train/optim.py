@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from synthos.schema import OptimConfig
+from synthos.schema import OptimConfig, unknown
 from synthos.train.distributed import whole
 
 Groups = dict[str, list[nn.Parameter]]
@@ -41,11 +41,16 @@ def lr_multiplier(schedule: str, step: int, warmup: int, end: int) -> float:
     return _AFTER_WARMUP[schedule](step, warmup, end)
 
 
+def check_groups(config: OptimConfig, groups: Groups) -> None:
+    """Raise ValueError for a learning rate of a group that does not exist."""
+    for name in config.lr_groups:
+        if name not in groups:
+            raise ValueError(f"optim.lr_groups: no group {name!r}; {unknown(name, list(groups))}")
+
+
 def build_optimizer(groups: Groups, config: OptimConfig) -> torch.optim.AdamW:
     """AdamW with one parameter group per name; its state exists from the start, so that a save is always whole."""
-    unknown = sorted(set(config.lr_groups) - set(groups))
-    if unknown:
-        raise ValueError(f"optim.lr_groups: no group {unknown[0]!r}; the recipe trains {', '.join(groups)}")
+    check_groups(config, groups)
     settings = [
         {"params": parameters, "name": name, "base_lr": config.lr_groups.get(name, config.lr)}
         for name, parameters in groups.items()

@@ -79,12 +79,14 @@ def test_captions_have_two_to_five_sentences(photos: Path) -> None:
 
 def test_quarters_are_named_by_their_colour() -> None:
     photo = Image.new("RGB", (300, 300), (255, 0, 0))
-    photo.paste((0, 0, 255), (0, 150, 300, 300))
+    photo.paste((0, 0, 255), (150, 0, 300, 300))  # red on the left, blue on the right: every crop shows the edge
     rows = list(crops("photo", dict.fromkeys(UNSEEN, photo)))
-    upper = [row.caption for row in rows if row.facts["box"][3] <= 150]
-    lower = [row.caption for row in rows if row.facts["box"][1] >= 150]
-    assert upper and all("top left is red, the top right red, the bottom left red" in c for c in upper)
-    assert lower and all("top left is blue, the top right blue, the bottom left blue" in c for c in lower)
+    halves = [(row.caption, row.facts["box"][0], sum(row.facts["box"][::2]) // 2) for row in rows]  # left edge, middle
+    reds = [caption for caption, _, middle in halves if middle <= 150]
+    blues = [caption for caption, left, middle in halves if middle >= 150]
+    assert reds and all("top left is red" in c and "bottom left red" in c for c in reds)
+    assert blues and all("top right blue" in c and "bottom right blue" in c for c in blues)
+    assert all(left < 150 for _, left, _ in halves)
 
 
 @pytest.mark.parametrize(

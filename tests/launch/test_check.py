@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from launch.check import batch_problems, nearest_divisors, nearest_multiples, value_problems
+from launch.check import batch_problems, machine_problems, nearest_divisors, nearest_multiples, value_problems
 from launch.compose import compose
 from synthos.build import recipe_class, recipe_config
 from synthos.schema import RunConfig
@@ -107,8 +107,8 @@ def test_nothing_held_out_to_validate_on() -> None:
 
 
 def test_one_machine_is_one_node_and_debug_is_one_rank() -> None:
-    assert problems("nodes=2", "batch.size=24")[0].startswith("nodes: 2 is not allowed with cluster=local")
-    assert problems("cluster=debug", "cluster.device=cpu", "gpus_per_node=2")[0].startswith("gpus_per_node: 2 is not")
+    assert [*machine_problems(config("nodes=2"))][0].startswith("nodes: 2 are more than cluster=local has")
+    assert problems("cluster=debug", "gpus_per_node=2")[0].startswith("nodes x gpus_per_node: 2 ranks are not allowed")
 
 
 def test_several_wrong_values_come_together() -> None:
