@@ -14,8 +14,11 @@ of photographs never trained on. Every measure asks with the empty prompt, so th
 
 import argparse
 import dataclasses
+import importlib.metadata
 import itertools
 import json
+import os
+import platform
 import sys
 import time
 from pathlib import Path
@@ -37,6 +40,7 @@ from synthos.train.pictures import grid
 from synthos.train.validate import Validator, sample
 
 SPLITS = ("region", "photo")
+DRAWS = 4  # noises per held-out picture
 ROOT = Path(__file__).parents[1]
 
 
@@ -50,7 +54,8 @@ def main() -> int:
     args = parser.parse_args()
     run_dir, seconds = train(args.experiment, args.seed, args.ranks, args.overrides)
     results = measure(run_dir, args.out) | {"seed": args.seed, "ranks": args.ranks, "train_minutes": seconds / 60}
-    (args.out / f"learning-seed{args.seed}.json").write_text(json.dumps(results, indent=1))
+    record = {"experiment": args.experiment, **machine(), **results}
+    (args.out / f"{args.experiment}-seed{args.seed}.json").write_text(json.dumps(record, indent=1) + "\n")
     return show(results, args.out / "grid.png")
 
 
@@ -69,6 +74,15 @@ def train(experiment: str, seed: int, ranks: int, overrides: list[str]) -> tuple
     folder = make_plan(compose(command).config, dry_run=True).folder
     assert folder is not None, "the data was indexed by the run"
     return folder, time.monotonic() - started
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were made on."""
+    from launch.rundir import git_facts
+
+    packages = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+    return {"device": device, "python": platform.python_version(), **packages, "commit": git_facts(ROOT)["commit"]}
 
 
 def measure(run_dir: Path, out: Path) -> dict[str, Any]:
@@ -120,14 +134,14 @@ def measure_losses(trained: Generator, untrained: Generator, held_out: HeldOut, 
 
 
 def measure_matching(trained: Generator, held_out: HeldOut) -> tuple[dict[str, float], list[Tensor], list[Tensor]]:
-    """Matching scores with and without the image; references and generated pictures, [3, H, W] in [0, 1]."""
+    """Matching scores with and without the image; references and one generated picture of each, [3, H, W] in [0, 1]."""
     rows = list(range(len(held_out)))
     batch = held_out.batch(rows)
     photos = [json.loads(text)["photo"] for text in batch.texts("about")]
     references = batch.images("image").float() / 255
     images = trained.recipe.encode(batch.to(trained.device), "image")["image"]
-    made = generate(trained, images)
-    dropped = generate(trained, trained.null["image"].expand_as(images))
+    made = [generate(trained, images, draw) for draw in range(DRAWS)]
+    dropped = [generate(trained, trained.null["image"].expand_as(images), draw) for draw in range(DRAWS)]
     pairs = list(itertools.combinations(rows, 2))
     different = [(i, j) for i, j in pairs if photos[i] != photos[j]]
     same = [(i, j) for i, j in pairs if photos[i] == photos[j]]
@@ -137,13 +151,13 @@ def measure_matching(trained: Generator, held_out: HeldOut) -> tuple[dict[str, f
         "match_different_dropped": matching_score(references, dropped, different),
         "match_same_dropped": matching_score(references, dropped, same),
     }
-    return scores, list(references), list(made)
+    return scores, list(references), list(made[0])
 
 
 @torch.no_grad()
-def generate(trained: Generator, images: Tensor) -> Tensor:
+def generate(trained: Generator, images: Tensor, draw: int) -> Tensor:
     """One picture per row of image tokens, with the empty prompt and a noise of its own, [R, 3, H, W]."""
-    requests = [trained.recipe.Request(name=str(row), seed=row) for row in range(len(images))]
+    requests = [trained.recipe.Request(name=str(row), seed=row * DRAWS + draw) for row in range(len(images))]
     encoded = trained.recipe.encode_requests(requests, trained.size)
     encoded.conditions["image"] = images
     return sample(
@@ -151,12 +165,21 @@ def generate(trained: Generator, images: Tensor) -> Tensor:
     )
 
 
-def matching_score(references: Tensor, made: Tensor, pairs: list[tuple[int, int]]) -> float:
-    """Share of ordered pairs (i, j) in which picture i's 4 x 4 mean colours are nearer to reference i than to j."""
+def matching_score(references: Tensor, made: list[Tensor], pairs: list[tuple[int, int]]) -> float:
+    """Share of ordered pairs (i, j) in which picture i's 4 x 4 mean colours are nearer to reference i than to j.
+
+    Args:
+        references: [R, 3, H, W].
+        made: for each draw of the noise, the pictures generated from them, [R, 3, H, W].
+        pairs: which references to tell apart; each pair is asked in both orders.
+    """
     size = references.shape[-1] // 4
-    real, ours = (avg_pool2d(x, size).flatten(1) for x in (references, made))
-    distance = torch.cdist(ours, real)
-    right = [distance[i, i] < distance[i, j] for i, j in pairs] + [distance[j, j] < distance[j, i] for i, j in pairs]
+    real = avg_pool2d(references, size).flatten(1)
+    right = []
+    for pictures in made:
+        distance = torch.cdist(avg_pool2d(pictures, size).flatten(1), real)
+        right += [distance[i, i] < distance[i, j] for i, j in pairs]
+        right += [distance[j, j] < distance[j, i] for i, j in pairs]
     return torch.stack(right).double().mean().item()
 
 

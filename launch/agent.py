@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 from launch import attempts
 from launch.compose import CHECKOUT
+from launch.screen import Screen
 from synthos.schema import RunConfig, read_config
 
 CAUSES = {signal.SIGINT: "interrupt", signal.SIGTERM: "terminate"}
@@ -43,7 +44,7 @@ def run(folder: Path, keep_open: Sequence[int] = ()) -> int:
             pass_fds=keep_open,
         )
         with log.open("rb") as shown:
-            wait(process, shown, signals, folder / "control" / "stop")
+            wait(process, shown, signals, folder / "control")
     verdict = attempts.end(folder, attempt)
     if verdict["status"] == "failed":
         print(f"attempt {attempt} failed: {verdict['message']}\nlog: {log}", file=sys.stderr)
@@ -85,22 +86,23 @@ def listen() -> Iterator[list[signal.Signals]]:
             signal.signal(number, handler)
 
 
-def wait(process: subprocess.Popen[bytes], log: BinaryIO, signals: list[signal.Signals], stop: Path) -> None:
+def wait(process: subprocess.Popen[bytes], log: BinaryIO, signals: list[signal.Signals], control: Path) -> None:
     """Show the log as it grows until the process ends; hand on the first signal, and kill on a second Ctrl-C.
 
     The log is a file that is read back, no pipe, so that the ranks outlive this process.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     asked = False
+    screen = Screen(control / "heartbeat.json")
     while True:
         ended = process.poll() is not None
-        sys.stdout.write(decoder.decode(log.read()))
-        sys.stdout.flush()
+        screen.show(decoder.decode(log.read()))
         if ended:
+            screen.close()
             return
         if signals and not asked:
             asked = True
-            attempts.write_json(stop, {"cause": CAUSES[signals[0]]})
+            attempts.write_json(control / "stop", {"cause": CAUSES[signals[0]]})
             print("stopping: the ranks finish their step and save; Ctrl-C again kills them", file=sys.stderr)
         if signal.SIGINT in signals[1:]:
             kill(process.pid)

@@ -1,8 +1,10 @@
 """What a run says of itself: metrics.jsonl, W&B, pictures, a progress line, a heartbeat, the trace of its samples."""
 
+import dataclasses
 import json
 import netrc
 import os
+import sys
 import time
 import uuid
 from pathlib import Path
@@ -10,12 +12,12 @@ from typing import Any, Literal, cast
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from synthos.schema import RunConfig, dump
 from synthos.train.distributed import World
 from synthos.train.pictures import card, to_image
+from synthos.train.progress import Beat, ProgressLine
 from synthos.train.validate import Validation
 
 TRACE = np.dtype([("step", "<u8"), ("id", "<u8")])  # one row per consumed sample, in data/trace-rank-*.bin
@@ -28,21 +30,20 @@ class Report:
     tells one uninterrupted story.
     """
 
-    HEARTBEAT_SECONDS = 5.0
+    HEARTBEAT_SECONDS = 2.0
     LINE_SECONDS = 15.0  # between progress lines where the output is no terminal
 
     def __init__(self, folder: Path, config: RunConfig, world: World, attempt: int) -> None:
         self.folder, self.config, self.world, self.attempt = folder, config, world, attempt
         self.wandb: Any = None
-        self.progress: Progress | None = None
+        self.progress: ProgressLine | None = None
         self.last_step = 0
         self.beat = self.line = 0.0
         self.rate = 0.0  # images per second, smoothed
-        self.step_at: tuple[int, float] = (0, 0.0)
 
     def start(self, step: int, last_step: int) -> None:
         """Open everything at the step the run goes on from."""
-        self.last_step, self.step_at = last_step, (step, time.monotonic())
+        self.last_step = last_step
         (self.folder / "data").mkdir(exist_ok=True)
         path = self.folder / "data" / f"trace-rank-{self.world.rank:05d}.bin"
         self.trace_file = path.open("ab", buffering=0)
@@ -52,7 +53,8 @@ class Report:
         self.metrics_file = (self.folder / "metrics.jsonl").open("a", buffering=1)
         self._open_wandb()
         self._log({"attempt": self.attempt, "attempt/restart_step": step}, step)
-        self._open_progress(step)
+        if sys.stdout.isatty():
+            self.progress = ProgressLine(Console())
 
     def step(self, step: int, metrics: dict[str, float | str]) -> None:
         """Log one optimiser step."""
@@ -140,48 +142,31 @@ class Report:
         )
         self.wandb.define_metric("*", step_metric="step")
 
-    def _open_progress(self, step: int) -> None:
-        tty = os.environ.get("SYNTHOS_TTY")  # set by the node's agent, which stands between us and the terminal
-        console = Console(force_terminal=tty == "1" or None)
-        if not console.is_terminal:
-            return
-        columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(None), TextColumn("{task.description}"),
-                   TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())  # fmt: skip
-        self.progress = Progress(*columns, console=console, refresh_per_second=2)
-        self.task = self.progress.add_task("starting", total=self.last_step, completed=step)
-        self.progress.start()
-
     def _show(self, step: int, metrics: dict[str, float | str]) -> None:
-        now = time.monotonic()
-        last, at = self.step_at
-        current = (step - last) * self.config.batch.size / max(1e-9, now - at)
-        self.rate = current if not self.rate else 0.95 * self.rate + 0.05 * current
-        self.step_at = (step, now)
-        wait = 100 * float(metrics["data/wait"])
-        text = f"loss {metrics['train/loss']:.4f}  {self.rate:.1f} images/s  data wait {wait:.0f} %"
+        now, current = time.monotonic(), float(metrics["train/samples_per_s"])
+        self.rate = 0.95 * self.rate + 0.05 * current if self.rate else current
+        eta = (self.last_step - step) * self.config.batch.size / self.rate
+        beat = Beat(step, self.last_step, float(metrics["train/loss"]), self.rate, float(metrics["data/wait"]), eta)
         if self.progress:
-            self.progress.update(self.task, completed=step, description=text)
+            self.progress.update(beat)
         elif now - self.line > self.LINE_SECONDS or step == self.last_step:
             self.line = now
-            self._say(f"step {step}/{self.last_step}  {text}  ETA {_duration(self._eta(step))}")
+            self._say(f"step {step}/{self.last_step}  {beat}")
         if now - self.beat > self.HEARTBEAT_SECONDS:
             self.beat = now
-            self._heartbeat(step, metrics)
+            self._heartbeat(beat)
 
-    def _eta(self, step: int) -> float:
-        return (self.last_step - step) * self.config.batch.size / max(1e-9, self.rate)
-
-    def _heartbeat(self, step: int, metrics: dict[str, float | str]) -> None:
+    def _heartbeat(self, beat: Beat) -> None:
         path = self.folder / "control" / "heartbeat.json"
         part = path.with_suffix(".part")
-        beat = {"time": time.time(), "step": step, "last_step": self.last_step, "attempt": self.attempt,
-                "loss": metrics["train/loss"], "images_per_s": self.rate, "eta_s": self._eta(step)}  # fmt: skip
-        part.write_text(json.dumps(beat))
+        part.write_text(json.dumps({"time": time.time(), "attempt": self.attempt, **dataclasses.asdict(beat)}))
         part.replace(path)
 
     def _say(self, line: str) -> None:
-        print_to = self.progress.console.print if self.progress else print
-        print_to(line, flush=True) if print_to is print else print_to(line)
+        if self.progress:
+            self.progress.print(line + "\n")
+        else:
+            print(line, flush=True)
 
 
 def wandb_mode(mode: str) -> str:
@@ -212,8 +197,3 @@ def _step_of(line: str) -> float:
         return float(json.loads(line)["step"])
     except ValueError:
         return float("inf")  # a line that a kill cut short
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

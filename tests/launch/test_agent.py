@@ -64,7 +64,7 @@ def test_output_is_shown_whole_while_it_grows(tmp_path: Path, capsys: pytest.Cap
         "    sys.stdout.buffer.write(piece); sys.stdout.flush(); time.sleep(0.3)\n"
     )
     with log.open("wb") as output, log.open("rb") as shown:
-        agent.wait(python(code, stdout=output), shown, [], tmp_path / "stop")
+        agent.wait(python(code, stdout=output), shown, [], tmp_path)
     assert capsys.readouterr().out == "first\nä second\n"  # a letter cut in two by the reader is still one letter
     assert not (tmp_path / "stop").exists()
 
@@ -77,7 +77,7 @@ def test_a_signal_becomes_a_request_to_stop(tmp_path: Path, number: signal.Signa
     with agent.listen() as signals, (tmp_path / "log").open("rb") as shown:
         process = python(obedient)
         os.kill(os.getpid(), number)
-        agent.wait(process, shown, signals, stop)
+        agent.wait(process, shown, signals, tmp_path)
     assert process.returncode == 0 and json.loads(stop.read_text()) == {"cause": cause}
 
 
@@ -85,9 +85,9 @@ def test_a_second_interrupt_kills_and_a_second_sigterm_does_not(tmp_path: Path) 
     (tmp_path / "log").touch()
     with (tmp_path / "log").open("rb") as shown:
         killed = python("import time; time.sleep(600)")
-        agent.wait(killed, shown, [signal.SIGTERM, signal.SIGINT], tmp_path / "stop")
+        agent.wait(killed, shown, [signal.SIGTERM, signal.SIGINT], tmp_path)
         spared = python("import time; time.sleep(0.5)")
-        agent.wait(spared, shown, [signal.SIGTERM, signal.SIGTERM], tmp_path / "stop")
+        agent.wait(spared, shown, [signal.SIGTERM, signal.SIGTERM], tmp_path)
     assert killed.returncode == -signal.SIGKILL and spared.returncode == 0
 
 

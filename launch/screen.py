@@ -1,0 +1,47 @@
+"""What the agent shows of a run: the ranks' output, and on a terminal a live progress line under it."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from synthos.train.progress import Beat, ProgressLine
+
+
+class Screen:
+    """The terminal, or whatever standard output is.
+
+    Args:
+        heartbeat: the file in which rank 0 says how far the run is.
+    """
+
+    def __init__(self, heartbeat: Path) -> None:
+        self.heartbeat, self.before = heartbeat, _read(heartbeat)
+        self.line = ProgressLine(Console()) if sys.stdout.isatty() else None
+
+    def show(self, text: str) -> None:
+        """Print new output, and bring the progress line up to date."""
+        if self.line is None:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+            return
+        if text:
+            self.line.print(text)
+        beat = _read(self.heartbeat)
+        if beat and beat != self.before:  # what an earlier attempt left says nothing of this one
+            names = Beat.__dataclass_fields__
+            self.line.update(Beat(**{name: beat[name] for name in names}))
+
+    def close(self) -> None:
+        if self.line:
+            self.line.stop()
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        beat: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    return beat
