@@ -1,0 +1,89 @@
+"""Every command that README and docs show is one that the product understands."""
+
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from launch.compose import compose
+from synthos.generate import parse_request
+from synthos.recipes.i2i import I2IRequest
+from tests.support import ROOT
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def commands() -> list[tuple[str, str]]:
+    """(page, command) of every line in a bash block, continued lines joined, comments removed."""
+    found = []
+    for page in PAGES:
+        for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
+            lines = block.replace("\\\n", " ").splitlines()
+            found += [(page.name, line.split("   #")[0].strip()) for line in lines if line.strip()]
+        found += [(page.name, m) for m in re.findall(r"`(python launch/submit.py [^`<]*)`", page.read_text())]
+    return found
+
+
+def test_there_are_commands_to_check() -> None:
+    assert len(commands()) >= 10
+
+
+@pytest.mark.parametrize(("page", "command"), commands())
+def test_command_is_understood(page: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = shlex.split(command)
+    if words[0] == "make":
+        done = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    elif words[0] == ".":
+        assert words[1:] == [".venv/bin/activate"]
+    elif words[:2] == ["python", "launch/submit.py"]:
+        monkeypatch.chdir(tmp_path)
+        compose([w.replace("recipe=<name>", "recipe=i2i") for w in words[2:]])
+    elif words[:3] == ["synthos", "data", "write"]:
+        from synthos.data.commands.write import _parser
+
+        assert _parser().parse_args(words[3:]).images
+    else:
+        assert words[:2] == ["synthos", "generate"], command
+        given = dict(w.split("=", 1) for w in words[2:])
+        assert given.pop("weights") and given.pop("out")
+        assert parse_request(I2IRequest, {"name": "x", **given})
+
+
+def test_links_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_own_data_becomes_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The README's first own run, with a tiny model: write the data, plan on it."""
+    import skimage
+
+    from launch.cli import main
+
+    pictures = tmp_path / "photos"
+    pictures.mkdir()
+    for name in ("chelsea.png", "coffee.png", "astronaut.png"):
+        shutil.copy(Path(skimage.__file__).parent / "data" / name, pictures)
+    table = "image,caption\nchelsea.png,a cat\ncoffee.png,a cup of coffee\nastronaut.png,an astronaut\n"
+    (tmp_path / "captions.csv").write_text(table)
+    out = tmp_path / "shards"
+    arguments = [
+        "data",
+        "write",
+        "--images",
+        str(pictures),
+        "--table",
+        str(tmp_path / "captions.csv"),
+        "--out",
+        str(out),
+    ]
+    assert main(arguments) == 0
+    plan = ["submit", "recipe=i2i", "model=tiny", "data.name=mine", f"data.shards={out}", "data.holdout_fraction=0",
+            "validate.samples=0", "validate.from_split=0", "batch={size: 2, micro: 2}", "dry_run=true"]  # fmt: skip
+    assert main(plan) == 0
+    assert "3 samples to train on" in capsys.readouterr().out
