@@ -111,7 +111,7 @@ def measure(run_dir: Path, out: Path) -> dict[str, Any]:
 
 def fresh(config: RunConfig, world: World) -> Generator:
     """The recipe as training found it."""
-    models = Models(config.model, Path(config.cache_dir))
+    models = Models(config.model, Path(config.cache_dir), seed=config.seed)
     recipe = build_recipe(config.recipe, models)
     fill_whole(recipe.network, models.tensors(recipe.network), world.device, torch.float32)
     recipe.network.eval().requires_grad_(False)

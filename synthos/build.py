@@ -73,7 +73,7 @@ def count_parameters(config: RunConfig) -> dict[str, int]:
 
 def build_job(config: RunConfig, folder: Path, world: World, stop: Stop, attempt: int) -> Job:
     """Everything that training needs; collective."""
-    models = Models(config.model, Path(config.cache_dir))
+    models = Models(config.model, Path(config.cache_dir), seed=config.seed)
     with world.main_first():  # writes the parts of a tiny model; transformers saves on rank 0 only
         recipe = build_recipe(config.recipe, models)
     recipe.compute_dtype = world.dtype

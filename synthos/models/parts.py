@@ -24,12 +24,14 @@ class Models:
     Args:
         config: the model's name and, unless it is `tiny`, where its parts lie.
         cache_dir: where tiny parts are written on first use.
+        seed: of what is added to a pretrained part.
         meta_only: build modules from their configs alone, to count parameters; no file is read or written.
     """
 
     config: ModelConfig
     cache_dir: Path
     meta_only: bool = False
+    seed: int = 0
     _tensors: dict[int, Tensors] = field(default_factory=dict)
     _parts: dict[int, str] = field(default_factory=dict)
 

@@ -37,9 +37,9 @@ def match_tensors(module: nn.Module, folder: Path) -> Tensors:
     return found
 
 
-def seeded(name: str, make: Callable[[torch.Generator], Tensor]) -> Callable[[], Tensor]:
-    """An initial value drawn from a generator keyed by the parameter's name: the same on every rank."""
-    return lambda: make(torch.Generator().manual_seed(signed64(hash64("init", name))))
+def seeded(seed: int, name: str, make: Callable[[torch.Generator], Tensor]) -> Callable[[], Tensor]:
+    """An initial value drawn from a generator keyed by the run's seed and the parameter's name: one for all ranks."""
+    return lambda: make(torch.Generator().manual_seed(signed64(hash64("init", seed, name))))
 
 
 def read_json(path: Path) -> Any:

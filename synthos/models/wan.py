@@ -4,6 +4,7 @@ Wan2.1: arXiv 2503.20314. Classes are diffusers'; the projector has the form and
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ def build_transformer(models: Models, image_dim: int) -> Any:
         with meta_parameters():
             embedder.image_embedder = WanImageEmbedding(image_dim, width).to("meta").eval()
         transformer.register_to_config(image_dim=image_dim)
-        models.extend(transformer, _projector_init(embedder.image_embedder))
+        models.extend(transformer, _projector_init(embedder.image_embedder, models.seed))
     elif transformer.config.image_dim != image_dim:
         raise ValueError(f"model.parts.transformer takes image tokens of width {transformer.config.image_dim}, "
                          f"the image encoder gives {image_dim}")  # fmt: skip
@@ -57,7 +58,7 @@ def build_transformer(models: Models, image_dim: int) -> Any:
     return transformer
 
 
-def _projector_init(projector: nn.Module) -> Tensors:
+def _projector_init(projector: nn.Module, seed: int) -> Tensors:
     """Linear weights N(0, 0.02) at CLIP ViT-H's width of 1280, scaled to keep that variance of outputs at others;
     biases zero, LayerNorms identity.
 
@@ -65,15 +66,18 @@ def _projector_init(projector: nn.Module) -> Tensors:
     """
     init: Tensors = {}
     for name, parameter in projector.named_parameters():
-        shape = tuple(parameter.shape)
+        full = f"{PROJECTOR}.{name}"
         if name.endswith("bias"):
-            init[name] = lambda shape=shape: torch.zeros(shape)  # type: ignore[misc]
+            init[full] = partial(torch.zeros, parameter.shape)
         elif name.startswith("norm"):
-            init[name] = lambda shape=shape: torch.ones(shape)  # type: ignore[misc]
+            init[full] = partial(torch.ones, parameter.shape)
         else:
-            scale = 0.02 * math.sqrt(1280 / shape[1])
-            init[name] = seeded(name, lambda g, shape=shape, scale=scale: scale * torch.randn(shape, generator=g))  # type: ignore[misc]
-    return {f"{PROJECTOR}.{name}": make for name, make in init.items()}
+            init[full] = seeded(seed, full, partial(_normal, parameter.shape))
+    return init
+
+
+def _normal(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    return 0.02 * math.sqrt(1280 / shape[1]) * torch.randn(shape, generator=generator)
 
 
 def predict(network: nn.Module, x_t: Tensor, t: Tensor, text: Tensor, image: Tensor, dtype: torch.dtype) -> Tensor:

@@ -158,12 +158,13 @@ def test_classes_are_found_here_and_in_both_libraries() -> None:
         find_class("NoSuchModel")
 
 
-def test_seeded_values_depend_on_the_name_alone() -> None:
+def test_seeded_values_depend_on_seed_and_name_alone() -> None:
     def normal(generator: torch.Generator) -> torch.Tensor:
         return torch.randn(4, generator=generator)
 
     torch.manual_seed(1)
-    first: Callable[[], torch.Tensor] = seeded("proj.weight", normal)
+    first: Callable[[], torch.Tensor] = seeded(0, "proj.weight", normal)
     torch.manual_seed(2)
-    assert torch.equal(first(), seeded("proj.weight", normal)())
-    assert not torch.equal(first(), seeded("other.weight", normal)())
+    assert torch.equal(first(), seeded(0, "proj.weight", normal)())
+    assert not torch.equal(first(), seeded(0, "other.weight", normal)())
+    assert not torch.equal(first(), seeded(1, "proj.weight", normal)())

@@ -267,3 +267,21 @@ def test_frozen_modules_are_in_eval_and_need_no_gradient(cache: Path) -> None:
     parts: list[nn.Module] = [*recipe.encoders.children(), *recipe.frozen.children()]
     assert parts and not any(m.training for part in parts for m in part.modules())
     assert not any(p.requires_grad for part in parts for p in part.parameters())
+
+
+def test_projector_starts_as_published_at_its_real_width() -> None:
+    from synthos.models.meta import meta_parameters
+    from synthos.models.wan import _projector_init
+
+    with meta_parameters():
+        from diffusers.models.transformers.transformer_wan import WanImageEmbedding
+
+        init = _projector_init(WanImageEmbedding(1280, 1536), seed=0)
+    values = {name.removeprefix("condition_embedder.image_embedder."): make() for name, make in init.items()}
+    for name in ("ff.net.0.proj.weight", "ff.net.2.weight"):
+        assert values[name].std().item() == pytest.approx(0.02, rel=0.01) and abs(values[name].mean()) < 1e-4
+    assert (
+        not values["ff.net.0.proj.bias"].any()
+        and (values["norm1.weight"] == 1).all()
+        and not values["norm2.bias"].any()
+    )
