@@ -65,8 +65,8 @@ def train(experiment: str, seed: int, ranks: int, overrides: list[str]) -> tuple
     from launch.commands.submit import make_plan
     from launch.compose import compose
 
-    command = ["recipe=i2i", f"experiment={experiment}", f"seed={seed}", f"gpus_per_node={ranks}", "cluster=local"]
-    command += overrides
+    command = [f"experiment={experiment}", f"seed={seed}", f"gpus_per_node={ranks}", "cluster=local"]
+    command += ["cluster.device=cpu", *overrides]  # the demo's figures are a CPU's, also where there is a GPU
     started = time.monotonic()
     code = synthos(["submit", *command])
     if code:
@@ -95,7 +95,7 @@ def measure(run_dir: Path, out: Path) -> dict[str, Any]:
     results: dict[str, Any] = {"run": run_dir.name, "steps": config.optim.steps}
     rows: list[list[Tensor]] = []
     for split in SPLITS:
-        folder = str(Path(config.cache_dir) / "photos" / split)
+        folder = str(Path(str(config.data.shards)).parent / split)
         inputs = {**trained.recipe.inputs, "about": Input("text", ("json",))}
         held_out = HeldOut(dataclasses.replace(config.data, validation=folder), inputs)
         results[split] = measure_losses(trained, untrained, held_out, world)

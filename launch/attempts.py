@@ -7,22 +7,26 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from launch.rundir import read_state, read_verdict
+from launch.compose import CHECKOUT
+from launch.rundir import git_facts, read_state, read_verdict
 
 EXIT_CODES = {"interrupt": 130, "terminate": 143}  # 128 + the signal's number, as shells have it
 
 
-def begin(folder: Path, command: list[str]) -> int:
-    """Open the next attempt and forget an old request to stop; returns the attempt's number."""
+def begin(folder: Path, command: list[str], checkout: Path = CHECKOUT) -> int:
+    """Open the next attempt, with the code it runs, and forget an old request to stop; returns the attempt's number."""
     (folder / "control" / "stop").unlink(missing_ok=True)
     number = read_state(folder).attempts + 1
     while not _claim(attempt_folder(folder, number)):
         number += 1
+    code = git_facts(checkout)  # provenance/ tells it of the first attempt only
     record = {
         "attempt": number,
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "command": command,
+        "commit": code["commit"],
+        "changed": code["changed"],
         "started": _now(),
         "start_step": read_state(folder).step or 0,
     }

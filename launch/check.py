@@ -18,13 +18,12 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "nodes gpus_per_node batch.size batch.micro data.height data.width data.window data.lanes optim.lr "
         "optim.lr_groups optim.eps optim.steps optim.epochs optim.clip optim.decay_steps validate.every "
-        "checkpoint.every cluster.threads",
+        "checkpoint.every checkpoint.keep_last cluster.threads",
         lambda value: 0 < value < math.inf,
         "above 0",
     ),
     (
-        "data.workers optim.weight_decay optim.warmup_steps validate.samples validate.from_split "
-        "checkpoint.keep_last checkpoint.keep_best",
+        "data.workers optim.weight_decay optim.warmup_steps validate.samples validate.from_split checkpoint.keep_best",
         lambda value: 0 <= value < math.inf,
         "0 or more",
     ),
@@ -50,6 +49,7 @@ def value_problems(config: RunConfig, recipe: Any, recipe_config: Any) -> list[s
         *_length(config),
         *size_problems(config.data, recipe.size_multiple, "data"),
         *_held_out(config),
+        *_validation(config),
         *_ranks(config),
     ]
 
@@ -150,12 +150,40 @@ def _length(config: RunConfig) -> Iterator[str]:
         yield f"optim.warmup_steps: {optim.warmup_steps} is more than the {end} steps of the schedule"
 
 
+def length_problems(config: RunConfig, samples: int, steps: int) -> Iterator[str]:
+    """What is wrong with `optim.epochs`, once the samples of an epoch are counted and make that many steps."""
+    optim = config.optim
+    if optim.epochs is None:
+        return
+    if steps < 1:
+        yield (
+            f"optim.epochs: {optim.epochs:g} epochs of {samples} samples are less than one step of batch.size "
+            f"{config.batch.size}; expected more epochs, more samples or a smaller batch.size"
+        )
+    elif optim.decay_steps is None and optim.warmup_steps > steps:
+        yield (
+            f"optim.warmup_steps: {optim.warmup_steps} is more than the {steps} steps that optim.epochs "
+            f"{optim.epochs:g} of {samples} samples are"
+        )
+
+
 def _held_out(config: RunConfig) -> Iterator[str]:
     data, validate = config.data, config.validate
     if data.validation is None and data.holdout_fraction == 0 and (validate.samples or validate.from_split):
         yield (
             "data.validation, data.holdout_fraction: nothing is held out to validate on; set one of them, "
             "or validate.samples=0 and validate.from_split=0"
+        )
+
+
+def _validation(config: RunConfig) -> Iterator[str]:
+    validate, keep_best = config.validate, config.checkpoint.keep_best
+    if keep_best and not validate.samples:
+        yield f"checkpoint.keep_best: {keep_best} has no effect with validate.samples=0; expected 0"
+    if validate.every is not None and not (validate.samples or validate.requests or validate.from_split):
+        yield (
+            f"validate.every: {validate.every} has no effect without validate.samples, validate.requests or "
+            "validate.from_split; expected null, or one of them"
         )
 
 

@@ -38,15 +38,16 @@ def compose(arguments: Sequence[str], config_dir: Path = CONFIGS) -> Composed:
     """
     known = choices(config_dir)
     overrides = [_parse(argument) for argument in arguments]
-    problems = [problem for override in overrides for problem in _override_problems(override, known)]
-    if not {"recipe", "experiment"} & {override.key_or_group for override in overrides}:
+    optional = _optional_groups(config_dir)
+    problems = [problem for override in overrides for problem in _override_problems(override, known, optional)]
+    if not {"recipe", "experiment"} & {o.key_or_group for o in overrides if o.value() is not None}:
         problems.append(_missing_choice("recipe", known))
     if problems:
         raise ValueError("\n".join(problems))
     plain = _finish(_compose(overrides, config_dir))
     # The schema would only say that a group is missing, not what may be chosen.
     problems = [_missing_choice(group, known) for group in known if group not in plain]
-    dry_run = plain.pop("dry_run")
+    dry_run = plain.pop("dry_run", None)
     if not isinstance(dry_run, bool):
         problems.append(f"dry_run: {dry_run!r} is not allowed; expected true or false")
     if problems:
@@ -58,6 +59,13 @@ def choices(config_dir: Path = CONFIGS) -> dict[str, list[str]]:
     """The names that each config group offers."""
     folders = sorted(folder for folder in config_dir.iterdir() if folder.is_dir())
     return {f.name: sorted(p.relative_to(f).with_suffix("").as_posix() for p in f.rglob("*.yaml")) for f in folders}
+
+
+def _optional_groups(config_dir: Path) -> set[str]:
+    """The config groups of which none is chosen by default."""
+    page: Any = OmegaConf.to_container(OmegaConf.load(config_dir / "run.yaml"))
+    entries = [entry for entry in page["defaults"] if isinstance(entry, Mapping)]
+    return {str(group) for entry in entries for group, choice in entry.items() if choice is None}
 
 
 def _parse(argument: str) -> Override:
@@ -74,13 +82,15 @@ def _parse(argument: str) -> Override:
         raise ValueError(f"{argument!r} is no override; write key=value, as in optim.lr=1e-4") from None
 
 
-def _override_problems(override: Override, known: Mapping[str, list[str]]) -> list[str]:
+def _override_problems(override: Override, known: Mapping[str, list[str]], optional: set[str]) -> list[str]:
     key, line = override.key_or_group, override.input_line
     if key == "hydra" or key.startswith("hydra."):
         return [f"{line}: Hydra's own settings have no effect here"]
     if override.is_sweep_override():
         return [f"{line}: one value is expected; a list is written {key}=[a,b], a text with commas {key}='\"a,b\"'"]
     choice = override.value()
+    if choice is None and key in optional:
+        return []
     if key in known and not isinstance(choice, dict) and choice not in known[key]:  # a dict sets keys of the group
         return [f"{key}: {choice!r} is unknown; {unknown(str(choice), known[key])}"]
     return []
@@ -105,8 +115,20 @@ def _compose(overrides: list[Override], config_dir: Path) -> DictConfig:
 
 def _run_hydra(overrides: list[Override], config_dir: Path) -> DictConfig:
     with hydra.initialize_config_dir(str(config_dir), version_base="1.3"):
-        lines = [str(override.input_line) for override in overrides]
-        return hydra.compose("run", lines, return_hydra_config=True)
+        return hydra.compose("run", _lines(overrides, set(choices(config_dir))), return_hydra_config=True)
+
+
+def _lines(overrides: list[Override], groups: set[str]) -> list[str]:
+    """The overrides for Hydra, which knows no null as choice of a group: where it is the last, the group is deleted."""
+    last = {override.key_or_group: override for override in overrides}
+    lines = []
+    for override in overrides:
+        key = override.key_or_group
+        if key not in groups or override.value() is not None:
+            lines.append(str(override.input_line))
+        elif last[key] is override:
+            lines.append(f"~{key}")
+    return lines
 
 
 def _key_problem(key: str, base: Any) -> str | None:
@@ -136,7 +158,7 @@ def _finish(composed: DictConfig) -> dict[str, Any]:
         default = Path(composed.experiment or chosen.recipe).name
         defaults = {"name": default, "group": default, "runs_dir": CHECKOUT / "runs", "cache_dir": CHECKOUT / ".cache"}
         for key, value in defaults.items():
-            composed[key] = str(value) if composed[key] is None else composed[key]
+            composed[key] = str(value) if composed.get(key) is None else composed[key]
         for key in ("runs_dir", "cache_dir"):  # before they are interpolated into other paths
             composed[key] = _absolute(str(composed[key]), Path.cwd())
     try:
@@ -144,7 +166,19 @@ def _finish(composed: DictConfig) -> dict[str, Any]:
     except OmegaConfBaseException as error:
         raise ValueError(_first_paragraph(error)) from None
     assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
+    return _without_missing(plain)
+
+
+def _without_missing(group: Mapping[Any, Any]) -> dict[str, Any]:
+    """The keys that have a value: `???`, Hydra's mark of one to be set, means nothing to the schema.
+
+    Lists are left alone: what stands in them was written by the user, word for word.
+    """
+    return {
+        str(key): _without_missing(value) if isinstance(value, Mapping) else value
+        for key, value in group.items()
+        if value != "???"
+    }
 
 
 def _anchor(config: RunConfig, folder: Path) -> RunConfig:

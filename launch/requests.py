@@ -2,14 +2,16 @@
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from launch.check import FILE_NAME, FILE_NAME_WORDS, size_problems
+from synthos.data.decode import decode_image
 from synthos.diffusion.sampling import SAMPLERS
 from synthos.schema import RunConfig, load, unknown
+
+SPLIT_PREFIX = "split_"  # of the names that `validate.from_split` gives its requests
 
 
 def load_requests(config: RunConfig, recipe: Any) -> list[dict[str, Any]]:
@@ -28,6 +30,7 @@ def load_requests(config: RunConfig, recipe: Any) -> list[dict[str, Any]]:
             problems.append(str(error))
             continue
         problems += _problems(request, recipe.size_multiple, path)
+        problems += _reserved(request.name, config.validate.from_split, path)
         requests.append(request)
     names = [request.name for request in requests]
     repeated = sorted({name for name in names if names.count(name) > 1})
@@ -38,8 +41,8 @@ def load_requests(config: RunConfig, recipe: Any) -> list[dict[str, Any]]:
 
 
 def picture_fields(request: dict[str, Any]) -> dict[str, Path]:
-    """The fields that name picture files: every one called `reference...`, where it is set."""
-    return {key: Path(value) for key, value in request.items() if key.startswith("reference") and value is not None}
+    """The fields that name picture files: every one called `reference...` that holds text."""
+    return {k: Path(value) for k, value in request.items() if k.startswith("reference") and isinstance(value, str)}
 
 
 def _rows(requests: str | list[dict[str, Any]] | None) -> tuple[list[tuple[str, Any]], Path]:
@@ -69,13 +72,27 @@ def _problems(request: Any, size_multiple: int, path: str) -> list[str]:
     problems = size_problems(request, size_multiple, path)
     if not FILE_NAME.fullmatch(request.name):
         problems.append(f"{path}.name: {request.name!r} is not allowed; expected {FILE_NAME_WORDS}")
-    if request.sampler not in SAMPLERS:
-        problems.append(f"{path}.sampler: {request.sampler!r} is unknown; {unknown(request.sampler, list(SAMPLERS))}")
-    if request.steps < 1:
-        problems.append(f"{path}.steps: {request.steps} is not allowed; expected 1 or more")
+    problems += _sampling_problems(request, path)
     for key, picture in picture_fields(dataclasses.asdict(request)).items():
         try:
-            Image.open(picture).verify()
-        except OSError as error:  # absent, or no picture
+            decode_image(picture.read_bytes(), 16, 16, "whole")  # as the recipe will, but small
+        except (OSError, ValueError, SyntaxError) as error:
             problems.append(f"{path}.{key}: {picture} can't be read as a picture: {error}")
     return problems
+
+
+def _sampling_problems(request: Any, path: str) -> Iterator[str]:
+    """Of what a request may leave to its recipe: a Request need not have these fields."""
+    sampler, steps = getattr(request, "sampler", None), getattr(request, "steps", None)
+    if sampler is not None and sampler not in SAMPLERS:
+        yield f"{path}.sampler: {sampler!r} is unknown; {unknown(sampler, list(SAMPLERS))}"
+    if steps is not None and steps < 1:
+        yield f"{path}.steps: {steps} is not allowed; expected 1 or more"
+
+
+def _reserved(name: str, from_split: int, path: str) -> Iterator[str]:
+    if from_split and name.startswith(SPLIT_PREFIX):
+        yield (
+            f"{path}.name: {name!r} is not allowed with validate.from_split={from_split}, whose own names start with "
+            f"{SPLIT_PREFIX!r}; expected another name, or validate.from_split=0"
+        )

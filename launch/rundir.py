@@ -73,17 +73,32 @@ def read_verdict(folder: Path) -> dict[str, Any]:
 def hold(folder: Path) -> Iterator[IO[str] | None]:
     """Hold the run as its only live process; None where another process of this machine holds it.
 
-    The lock is the kernel's: it goes with the last process that has the file open, however that process ends.
+    The lock is the kernel's: it goes with the last process that has the file open, however that process ends. Raises
+    ValueError where the folder can't be made, or lies on a file system without locks.
     """
-    control = folder / "control"
-    control.mkdir(parents=True, exist_ok=True)
-    with (control / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield None
-        else:
-            yield file
+    path = folder / "control" / "lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    except OSError as error:
+        raise _unlockable(path, error) from None
+    with file:
+        yield file if _lock(file) else None
+
+
+def _lock(file: IO[str]) -> bool:
+    """Lock an open file; False where it is locked already."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise _unlockable(file.name, error) from None
+    return True
+
+
+def _unlockable(path: Path | str, error: OSError) -> ValueError:
+    return ValueError(f"runs_dir: {path} can't be locked: {error.strerror}; expected a folder that can be written to")
 
 
 def open_folder(folder: Path, config: RunConfig, command: Sequence[str], checkout: Path) -> None:

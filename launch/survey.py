@@ -32,13 +32,17 @@ def survey(config: RunConfig, recipe: Any, dry_run: bool, absent: Sequence[str] 
     `absent` are further lines of what is missing. Raises ValueError for samples that the recipe can't read.
     """
     absent = [*absent, *missing(config.model)]
+    unwritten = _unwritten(config.data)
+    if unwritten:
+        _check_home(config)
+        absent += _module(config.data).missing()
     work = not dry_run and not absent  # no work for a run that can't start
-    if _unwritten(config.data):
+    if unwritten:
         note = f"data: {config.data.name} will be written to {_home(config.data)}"
         if not work:
             return Survey(DataFacts(), absent, [note])
         print(note, flush=True)
-        _write(config.data)
+        _module(config.data).prepare(_home(config.data))
     data = facts(config.data, recipe.inputs, build=False)
     notes = []
     if data.samples is None and not data.missing:
@@ -62,10 +66,21 @@ def _unwritten(data: DataConfig) -> bool:
     return data.prepare is not None and not _home(data).exists()
 
 
-def _write(data: DataConfig) -> None:
+def _check_home(config: RunConfig) -> None:
+    """What Synthos writes by itself goes below `cache_dir`, and nowhere else."""
+    home = _home(config.data)
+    if Path(config.cache_dir).resolve() not in home.resolve().parents:
+        raise ValueError(
+            f"data.shards: {config.data.shards} is not there, and with data.prepare={config.data.prepare} would be "
+            f"written outside of cache_dir {config.cache_dir}; expected cache_dir/<folder>/<split>, or existing shards"
+        )
+
+
+def _module(data: DataConfig) -> Any:
+    """What writes a built-in data set."""
     module = f"synthos.data.{data.prepare}"
     if not importlib.util.find_spec(module):
         raise ValueError(
             f"data.prepare: {data.prepare!r} is unknown, there is no module {module}; expected null or photos"
         )
-    importlib.import_module(module).prepare(_home(data))
+    return importlib.import_module(module)

@@ -113,7 +113,7 @@ def last_step(config: RunConfig, samples: int) -> int:
     """The number of optimiser steps, from `optim.steps` or from epochs of `samples`."""
     if config.optim.steps is not None:
         return config.optim.steps
-    return int((config.optim.epochs or 0) * samples / config.batch.size)
+    return int((config.optim.epochs or 0) * samples / config.batch.size + 1e-9)  # 0.29 * 100 is 28.999...
 
 
 def fill_frozen(recipe: Recipe, models: Models, device: torch.device, dtype: torch.dtype) -> None:
@@ -129,7 +129,7 @@ def build_state(config: RunConfig, recipe: Recipe, models: Models, world: World)
     """Shard and fill the network; optimiser and average on top of it."""
     network: nn.Module = recipe.network
     set_dtypes(network, frozen=world.dtype)
-    mode, reason = choose_mesh(config, network, world.device)
+    mode, reason = choose_mesh(config, network, world)
     log.info("mesh %s: %s", mode, reason)
     shard(network, recipe.fsdp_units(), build_mesh(mode, config, world.device), world, config.activation_checkpointing)
     fill_sharded(network, models.tensors(network), world.device)
@@ -150,6 +150,9 @@ def prepare_requests(
         size = (config.data.height, config.data.width)
         with torch.no_grad():
             encoded = recipe.encode_requests(requests, size) if requests else Encoded({}, {}, [])
+            for setting in encoded.settings:
+                if setting.get("reference"):  # so that the folder may move
+                    setting["reference"] = str(Path(setting["reference"]).relative_to(folder))
             save_encoded(path, encoded, recipe.null())
     world.barrier()
     encoded, null = load_encoded(path)

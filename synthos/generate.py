@@ -65,7 +65,7 @@ class Generator:
     def generate_all(self, requests: list[Any]) -> list[Image.Image]:
         """One picture per request, in order; requests of equal settings share a batch."""
         for request in requests:
-            if getattr(request, "reference", None) and not Path(request.reference).is_file():
+            if getattr(request, "reference", None) is not None and not Path(request.reference).is_file():
                 raise ValueError(f"request {request.name!r}: reference {request.reference!r} is no file")
         encoded = self.recipe.encode_requests(requests, self.size)
         pictures: dict[int, Image.Image] = {}
@@ -91,7 +91,8 @@ def load(path: str | Path, device: str | None = None, dtype: str | None = None) 
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     kind = _dtype(dtype, place)
     model = load_schema(ModelConfig, _with_export(about, folder))
-    models = Models(model, CACHE)
+    cache = Path(about["cache_dir"])
+    models = Models(model, cache if cache.is_dir() else CACHE)
     recipe = build_recipe(about["recipe"], models)
     recipe.compute_dtype = kind
     tensors = models.tensors(recipe.network)
@@ -118,6 +119,8 @@ def main(argv: list[str]) -> int:
                 f"{key}: missing; synthos generate weights=FOLDER out=FILE.png [prompt=...] [reference=FILE]"
             )
     weights, out = Path(given.pop("weights")), Path(given.pop("out"))
+    if out.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"out: {str(out)!r} is not allowed; expected a picture file, as in {out.stem}.png")
     device, dtype = given.pop("device", None), given.pop("dtype", None)
     request = parse_request(recipe_class(_read_about(weights)["recipe"]["name"]).Request, {"name": out.stem, **given})
     picture = load(weights, device, dtype).generate_all([request])[0]

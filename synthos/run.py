@@ -32,7 +32,7 @@ def main(run_dir: Path, attempt: int) -> dict[str, Any]:
     rank = int(os.environ.get("RANK", "0"))
     handler = _open_log(run_dir / "attempts" / f"{attempt:04d}" / f"rank-{rank:05d}.log")
     verdict: dict[str, Any] = {"status": "failed", "cause": "error", "step": None}
-    report = None
+    report = world = None
     try:
         world = open_world(config)
         with Stop(run_dir / "control" / "stop", world) as stop:
@@ -43,13 +43,14 @@ def main(run_dir: Path, attempt: int) -> dict[str, Any]:
             world.barrier()
     finally:
         verdict = {**verdict, "attempt": attempt, "message": _error()}
-        if report:
-            report.close(verdict)
         if rank == 0 or verdict["status"] == "failed":
             write_verdict(run_dir / "control" / "verdict.json", verdict)
+        if report:  # after the verdict: W&B may take its time, or fail
+            report.close(verdict)
         logging.getLogger("synthos").removeHandler(handler)
         handler.close()
-    world.close()
+        if world:
+            world.close()
     return verdict
 
 

@@ -198,7 +198,7 @@ def _dataclass(cls: Any, mapping: Any, path: str, errors: list[str]) -> Any:
             errors.append(f"{_join(path, str(key))}: unknown key; {unknown(str(key), list(fields))}")
     values = {}
     for name, field in fields.items():
-        if name in mapping and mapping[name] != "???":
+        if name in mapping:
             values[name] = _value(hints[name], mapping[name], _join(path, name), errors)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             errors.append(f"{_join(path, name)}: missing; expected {_describe(hints[name])}")

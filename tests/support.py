@@ -16,9 +16,9 @@ from synthos.train.distributed import World
 ROOT = Path(__file__).parents[1]
 # Small enough for a test, with every part of a run in it: dropout, average, accumulation, validation, pictures.
 SMALL = (
-    "recipe=i2i", "model=tiny", "data=photos", "cluster=local", "cluster.threads=1", "precision=fp32",
-    "recipe.train=full", "recipe.text_length=8", "batch.size=8", "batch.micro=2", "optim.lr=1e-3", "optim.steps=6",
-    "ema.decay=0.9",     "validate.samples=8", "validate.from_split=1", "wandb.mode=off",
+    "recipe=i2i", "model=tiny", "data=photos", "cluster=local", "cluster.device=cpu", "cluster.threads=1",
+    "precision=fp32", "recipe.train=full", "recipe.text_length=8", "batch.size=8", "batch.micro=2", "optim.lr=1e-3",
+    "optim.steps=6", "ema.decay=0.9", "validate.samples=8", "validate.from_split=1", "wandb.mode=off",
 )  # fmt: skip
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from launch.check import value_problems
 from launch.compose import compose
+from synthos.build import recipe_class, recipe_config
 from synthos.generate import parse_request
 from synthos.recipes.i2i import I2IRequest
 from tests.support import ROOT
@@ -41,7 +43,8 @@ def test_command_is_understood(page: str, command: str, tmp_path: Path, monkeypa
         assert words[1:] == [".venv/bin/activate"]
     elif words[:2] == ["python", "launch/submit.py"]:
         monkeypatch.chdir(tmp_path)
-        compose([w.replace("recipe=<name>", "recipe=i2i") for w in words[2:]])
+        config = compose([w.replace("recipe=<name>", "recipe=i2i") for w in words[2:]]).config
+        assert value_problems(config, recipe_class("i2i"), recipe_config(config.recipe)) == []
     elif words[:3] == ["synthos", "data", "write"]:
         from synthos.data.commands.write import _parser
 

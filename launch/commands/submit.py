@@ -3,16 +3,20 @@
 import dataclasses
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO
 
 from launch import backends
 from launch.attempts import newest_record
-from launch.check import machine_problems, value_problems
+from launch.check import length_problems, machine_problems, value_problems
 from launch.compose import CHECKOUT, choices, compose
 from launch.identity import sig8
 from launch.plan import Plan
 from launch.requests import load_requests
 from launch.rundir import hold, open_folder, read_state, run_folder
 from launch.survey import survey
+from synthos.models.parts import pinned
 from synthos.schema import RunConfig
 
 USAGE = """usage: synthos submit recipe=<name> [group=<name>] [key=value] ...
@@ -49,10 +53,13 @@ def make_plan(config: RunConfig, dry_run: bool) -> Plan:
     if problems:
         raise ValueError("\n".join(problems))
     validate = dataclasses.replace(config.validate, requests=load_requests(config, recipe))
-    config = dataclasses.replace(config, validate=validate)
+    config = dataclasses.replace(config, validate=validate, model=pinned(config.model))
     parameters = count_parameters(config)
     found = survey(config, recipe, dry_run, [*machine_problems(config)])
     samples, fingerprint = found.data.samples, found.data.fingerprint
+    steps = last_step(config, samples or 0) if samples is not None or config.optim.steps else None
+    if samples is not None and steps is not None and (problems := [*length_problems(config, samples, steps)]):
+        raise ValueError("\n".join(problems))
     folder = run_folder(config, sig8(config, fingerprint)) if fingerprint else None
     return Plan(
         config=config,
@@ -60,25 +67,35 @@ def make_plan(config: RunConfig, dry_run: bool) -> Plan:
         state=read_state(folder) if folder else None,
         survey=found,
         parameters=parameters,
-        last_step=last_step(config, samples or 0) if samples or config.optim.steps else None,
+        last_step=steps,
     )
 
 
 def start(plan: Plan, command: list[str]) -> int:
-    """Open the run folder, or go on in it, and run an attempt; returns its exit code."""
+    """Hold the run folder and run an attempt in it; returns its exit code."""
     folder = plan.folder
     assert folder is not None, "a submission without missing data has a folder"
-    with hold(folder) as lock:
+    with ExitStack() as stack:
+        try:
+            lock = stack.enter_context(hold(folder))
+        except ValueError as error:  # the one fault of the user that only trying tells
+            print(f"error: {error}", file=sys.stderr)
+            return 2
         if lock is None:
             record = newest_record(folder)
             by = f" (attempt {record['attempt']}, process {record['pid']})" if record else ""
             print(f"{folder} is running already{by}", file=sys.stderr)
             return 1
-        state = read_state(folder)  # again: now nobody else can change it
-        if state.done:
-            print(f"{folder} is done; its weights are in {state.weights}")
-            return 0
-        print(plan.render())
-        print(f"continues from step {state.step or 0}" if state.exists else "starts")
-        open_folder(folder, plan.config, command, CHECKOUT)
-        return backends.start(plan.config.cluster.backend, folder, lock)
+        return run_attempt(plan, folder, command, lock)
+
+
+def run_attempt(plan: Plan, folder: Path, command: list[str], lock: IO[str]) -> int:
+    """Open the folder that `lock` holds, or go on in it, unless its run is done; returns the exit code."""
+    state = read_state(folder)  # again: now nobody else can change it
+    if state.done:
+        print(f"{folder} is done; its weights are in {state.weights}")
+        return 0
+    print(plan.render())
+    print(f"continues from step {state.step or 0}" if state.exists else "starts")
+    open_folder(folder, plan.config, command, CHECKOUT)
+    return backends.start(plan.config.cluster.backend, folder, lock)

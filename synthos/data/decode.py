@@ -7,6 +7,7 @@ given to the resize in fractions of a pixel: rounded to whole pixels it would sh
 
 import io
 import math
+import struct
 from typing import Literal
 
 import numpy as np
@@ -91,10 +92,15 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 to 8; 5 to 8 swap width and height."""
+    """EXIF orientation, 1 to 8; 5 to 8 swap width and height. A picture whose EXIF is malformed is seen as it lies."""
     if image.format == "PNG" and "exif" not in image.info:
         return 1  # `getexif` would decode the whole picture to look behind it
-    turn = image.getexif().get(_ORIENTATION, 1)
+    try:
+        turn = image.getexif().get(_ORIENTATION, 1)
+    except (SyntaxError, struct.error, KeyError, TypeError, ValueError):
+        # What Pillow's TIFF reader lets out where EXIF has no TIFF header, is cut short, or has entries of a wrong
+        # type. The pixels are as good as without EXIF, and viewers show them.
+        return 1
     return turn if turn in range(1, 9) else 1
 
 

@@ -55,11 +55,6 @@ class ShardIndex:
         entry = self.members[row, column]
         return Member(int(entry["offset"]), int(entry["size"]), int(entry["checksum"]))
 
-    def content(self, row: int) -> frozenset[tuple[str, int, int]]:
-        """A sample's members as (extension, size, CRC-32): equal for equal samples, wherever they lie."""
-        entries = zip(self.extensions, self.members[row], strict=True)
-        return frozenset((ext, int(m["size"]), int(m["checksum"])) for ext, m in entries if m["size"] >= 0)
-
     def line(self, name: str) -> ShardLine:
         return ShardLine(name, self.bytes, len(self), self.checksum)
 

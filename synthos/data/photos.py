@@ -3,6 +3,9 @@
 Three data sets that share no pixel: `train` from the left 70 % of six photographs, `region` from the right 30 % of the
 same, and `photo` from two others. A caption tells what can be measured: the photograph, the place in it, the colour of
 each quarter, brightness, contrast and scale, in two to five sentences.
+
+Whoever changes what the crops show or say raises the number in the folder's name in configs/data/photos.yaml: a folder
+that is there is taken as it is.
 """
 
 import colorsys
@@ -51,7 +54,7 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 def prepare(folder: Path) -> None:
     """Write the three data sets below `folder`, unless it is there; it appears when they are finished.
 
-    Raises ValueError if scikit-image is not installed.
+    Raises ValueError if scikit-image or one of its photographs is not there.
     """
     if folder.is_dir():
         return
@@ -63,6 +66,15 @@ def prepare(folder: Path) -> None:
         _publish(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def missing() -> list[str]:
+    """One line if scikit-image or some of its photographs are not there, else none; nothing is imported or read."""
+    paths = _paths()
+    if not paths:
+        return ["data=photos is cut from scikit-image's photographs: pip install -e '.[demo]'"]
+    absent = [name for name, path in paths.items() if not path.is_file()]
+    return [f"data=photos: this scikit-image lacks {', '.join(absent)}: pip install -e '.[demo]'"] if absent else []
 
 
 def crops(split: str, photos: dict[str, Image.Image]) -> Iterator[Row]:
@@ -78,14 +90,18 @@ def crops(split: str, photos: dict[str, Image.Image]) -> Iterator[Row]:
 
 
 def _load_photos() -> dict[str, Image.Image]:
+    if lines := missing():
+        raise ValueError(lines[0])
+    return {name: Image.open(path).convert("RGB") for name, path in _paths().items()}
+
+
+def _paths() -> dict[str, Path]:
+    """Where each photograph would lie in the installed scikit-image; empty if there is none."""
     spec = importlib.util.find_spec("skimage")
     if spec is None or not spec.submodule_search_locations:
-        raise ValueError("data=photos is cut from scikit-image's photographs: pip install -e '.[demo]'")
+        return {}
     folder = Path(spec.submodule_search_locations[0]) / "data"
-    absent = [name for name in SUBJECTS if not (folder / name).is_file()]
-    if absent:
-        raise ValueError(f"data=photos: this scikit-image lacks {', '.join(absent)}: pip install -e '.[demo]'")
-    return {name: Image.open(folder / name).convert("RGB") for name in SUBJECTS}
+    return {name: folder / name for name in SUBJECTS}
 
 
 def _publish(part: Path, folder: Path) -> None:

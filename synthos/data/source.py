@@ -1,6 +1,5 @@
 """A source: named shards, opened and checked, and split into what is trained on and what is held out."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -95,7 +94,7 @@ def open_split(config: DataConfig, inputs: dict[str, Input]) -> tuple[Source, So
     training = open_source(config.name, config.shards, "data.shards", inputs)
     if config.validation is not None:
         held_out = open_source(f"{config.name}/validation", config.validation, "data.validation", inputs)
-        _refuse_shared(training, held_out)
+        _refuse_shared(training, held_out, inputs)
     else:
         training, held_out = training.split(config.holdout_fraction)
         if config.holdout_fraction and not len(held_out):
@@ -146,11 +145,14 @@ def _choose(where: str, index: ShardIndex, name: str, item: Input) -> Rows:
             column = index.extensions.index(extension)
             chosen[index.members["size"][:, column] >= 0] = column
     readable = index.members["width" if item.kind == "image" else "chars"] > 0
-    for row in np.flatnonzero(chosen < 0):
-        raise ValueError(f"{where}: {_lacking(index, int(row), name, item)}")
-    for row in np.flatnonzero(~readable[np.arange(len(index)), chosen]):
+    lacking = np.flatnonzero(chosen < 0)
+    if len(lacking):
+        raise ValueError(f"{where}: {_lacking(index, int(lacking[0]), name, item)}{_more(lacking)}")
+    unreadable = np.flatnonzero(~readable[np.arange(len(index)), chosen])
+    if len(unreadable):
         fault = "unreadable or larger than 64 megapixels" if item.kind == "image" else "empty or not UTF-8"
-        raise ValueError(f"{where}: sample {index.key(int(row))!r}: its {name} is {fault}")
+        key = index.key(int(unreadable[0]))
+        raise ValueError(f"{where}: sample {key!r}: its {name} is {fault}{_more(unreadable)}")
     return chosen
 
 
@@ -162,18 +164,34 @@ def _lacking(index: ShardIndex, row: int, name: str, item: Input) -> str:
     return f"sample {index.key(row)!r} is without {what}: {name} needs a member {needed}, it has {has}"
 
 
-def _refuse_shared(training: Source, held_out: Source) -> None:
-    """A sample is the same where its key and its members' bytes are, whatever its shard is called."""
-    wanted = {(key, content) for key, content, _ in _contents(held_out.shards)}
-    keys = np.array(sorted({key for key, _ in wanted}), np.bytes_)
-    likely = [replace(s, rows=s.rows[np.isin(s.index.keys, keys)]) for s in training.shards]
-    for key, content, path in _contents(likely):
-        if (key, content) in wanted:
-            raise ValueError(f"data.validation: sample {key.decode()!r} is also in data.shards ({path})")
+def _more(rows: Rows) -> str:
+    """How many samples beyond the one that is named have its fault."""
+    return f"; {len(rows) - 1} more of this shard's samples have the same fault" if len(rows) > 1 else ""
 
 
-def _contents(shards: list[Shard]) -> Iterator[tuple[bytes, frozenset[tuple[str, int, int]], str]]:
-    """Key, content and path of every used sample."""
-    for shard in shards:
-        for row in shard.rows.tolist():
-            yield bytes(shard.index.keys[row]), shard.index.content(row), shard.path
+def _refuse_shared(training: Source, held_out: Source, inputs: dict[str, Input]) -> None:
+    """A sample is the same where its pictures are: shard, key and caption may differ.
+
+    Where no pictures are read, a sample is the same where all that is read is.
+    """
+    names = [name for name, item in inputs.items() if item.kind == "image"] or list(inputs)
+    wanted: dict[tuple[int, ...], str] = {}  # content -> key
+    for shard in held_out.shards:
+        for row, content in zip(shard.rows.tolist(), _contents(shard, names).tolist(), strict=True):
+            wanted[tuple(content)] = shard.index.key(row)
+    likely = np.array([content[0] for content in wanted], np.int64)  # so that few samples are looked at one by one
+    for shard in training.shards:
+        contents = _contents(shard, names)
+        for number in np.flatnonzero(np.isin(contents[:, 0], likely)):
+            key = wanted.get(tuple(contents[number].tolist()))
+            if key is not None:
+                other = shard.index.key(int(shard.rows[number]))
+                raise ValueError(
+                    f"data.validation: sample {key!r} is also in data.shards, as sample {other!r} of {shard.path}"
+                )
+
+
+def _contents(shard: Shard, names: list[str]) -> Rows:
+    """Size and CRC-32, in one number, of what the used samples have for each of the inputs `names`, [n, inputs]."""
+    found = [shard.index.members[shard.rows, shard.columns[name][shard.rows]] for name in names]
+    return np.stack([(m["size"].astype(np.int64) << 32) | m["checksum"] for m in found], axis=1)

@@ -1,6 +1,7 @@
 """Rows to write, from a CSV or JSONL table beside a folder of pictures, or from the folder alone."""
 
 import csv
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,28 +48,39 @@ def _records(table: Path) -> Iterator[dict[str, Any]]:
 
 
 def _csv_records(table: Path) -> Iterator[dict[str, Any]]:
-    with table.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
+    reader = csv.DictReader(_open(table))
+    try:
         for record in reader:
             if None in record:  # where DictReader puts the cells beyond the header
                 raise ValueError(
                     f"--table: {table} line {reader.line_num}: more cells than columns; quote captions that hold commas"
                 )
             yield record
+    except csv.Error as error:
+        line = reader.reader.line_num  # DictReader's own counts only the lines that were read well
+        raise ValueError(f"--table: {table} line {line} is no CSV: {error}; a quote may be left open") from None
 
 
 def _jsonl_records(table: Path) -> Iterator[dict[str, Any]]:
-    with table.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"--table: {table} line {number} is no JSON: {error}") from None
-            if not isinstance(record, dict):
-                raise ValueError(f"--table: {table} line {number} is no JSON object")
-            yield record
+    for number, line in enumerate(_open(table), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--table: {table} line {number} is no JSON: {error}") from None
+        if not isinstance(record, dict):
+            raise ValueError(f"--table: {table} line {number} is no JSON object")
+        yield record
+
+
+def _open(table: Path) -> io.StringIO:
+    """The table's text, decoded as a whole: only so can the line be named that is not UTF-8."""
+    try:
+        return io.StringIO(table.read_bytes().decode("utf-8-sig"), newline="")
+    except UnicodeDecodeError as error:
+        line = len(error.object[: error.start + 1].splitlines())
+        raise ValueError(f"--table: {table} line {line} is not UTF-8; save the table as UTF-8") from None
 
 
 def _find_columns(table: Path, columns: list[str], image: str | None, caption: str | None) -> tuple[str, str]:
@@ -88,4 +100,5 @@ def _find_columns(table: Path, columns: list[str], image: str | None, caption: s
 
 
 def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
+    """A caption; bytes that are no UTF-8 become lone surrogates, by which `write_shards` leaves out just this row."""
+    return path.read_text(encoding="utf-8", errors="surrogateescape") if path.is_file() else ""

@@ -74,10 +74,16 @@ def _check_member(member: tarfile.TarInfo, path: str) -> None:
 
 
 def _check_end(file: IO[bytes], path: str, end: int) -> None:
-    """A whole tar ends with two blocks of zeros."""
+    """A whole tar ends with two blocks of zeros, and only zeros may pad the file behind them."""
     file.seek(end)
     mark = file.read(1024)
     if any(mark):
         raise ValueError(f"{path} is damaged: no readable header at byte {end}; what follows would be lost")
     if len(mark) < 1024:
         raise ValueError(f"{path} is cut: it ends at byte {end + len(mark)} without an end mark")
+    while chunk := file.read(1 << 20):
+        if chunk.count(0) < len(chunk):
+            raise ValueError(
+                f"{path} goes on after its end mark at byte {end}, as tars joined by `cat` do; what follows would be "
+                "lost: write one tar per file"
+            )

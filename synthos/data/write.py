@@ -65,7 +65,8 @@ def _write_all(folder: Path, rows: Iterable[Row], shard_size: int) -> Written:
     skipped: list[dict[str, Any]] = []
     samples = _readable(rows, skipped)
     lines: list[ShardLine] = []
-    while shard := list(itertools.islice(samples, shard_size)):
+    for first in samples:  # a shard is begun only when there is a sample for it; the others follow one by one
+        shard = itertools.chain([first], itertools.islice(samples, shard_size - 1))
         lines.append(_write_shard(folder, len(lines), shard))
     if not lines:
         reason = f"the first: {skipped[0]['reason']} ({skipped[0]['image']})" if skipped else "there is none"
@@ -91,15 +92,23 @@ def _sample(row: Row) -> dict[str, Any]:
     caption = row.caption.strip()
     if not caption:
         raise ValueError("no caption")
+    text = _encode(caption)
     data = row.image.read_bytes() if isinstance(row.image, Path) else row.image
     extension = FORMATS[open_image(data).format or ""]
     decode_image(data, 8, 8, "whole")  # a cut picture is found here, not in the middle of a run
     width, height = image_size(data)
     facts = {**row.facts, "caption": caption, "width": width, "height": height}
-    return {extension: data, "txt": caption.encode(), "json": facts}
+    return {extension: data, "txt": text, "json": facts}
 
 
-def _write_shard(folder: Path, number: int, samples: list[dict[str, Any]]) -> ShardLine:
+def _encode(caption: str) -> bytes:
+    try:
+        return caption.encode()
+    except UnicodeEncodeError:  # lone surrogates
+        raise ValueError("its caption is not UTF-8") from None
+
+
+def _write_shard(folder: Path, number: int, samples: Iterable[dict[str, Any]]) -> ShardLine:
     from webdataset.writer import TarWriter
 
     path = folder / f"{number:05d}.tar"

@@ -4,7 +4,7 @@ Nothing here allocates a weight: `Models.build` returns a module whose parameter
 are real), and `Models.tensors` says where each of them comes from. `train/distributed` shards and fills.
 """
 
-from collections.abc import Mapping
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,26 +37,18 @@ class Models:
 
     def build(self, part: str, tiny: Tiny) -> nn.Module:
         """The part as a module with meta parameters, in eval mode, and its tensors remembered."""
-        folder = None if self.meta_only else self.folder(part, tiny)
+        name, config, folder = self._describe(part, tiny)
         with meta_parameters():
-            if folder is None:
-                spec = tiny if self.config.name == "tiny" else self._spec(part)
-                module = construct(spec.class_name or "", spec.config or {})
-            else:
-                config = read_json(folder / "config.json")
-                module = construct(self._class_name(part, config, tiny), config, folder)
+            module = construct(name, config, folder)
         to_meta(module)
         self._parts[id(module)] = part
-        if folder is not None:
+        if folder and not self.meta_only:
             self._tensors[id(module)] = match_tensors(module, folder)
         return module.eval().requires_grad_(False)
 
     def settings(self, part: str, tiny: Tiny) -> dict[str, Any]:
         """The part's own config, without building it."""
-        if not self.meta_only:
-            return dict(read_json(self.folder(part, tiny) / "config.json"))
-        spec = tiny if self.config.name == "tiny" else self._spec(part)
-        return dict(spec.config or {})
+        return self._describe(part, tiny)[1]
 
     def extend(self, module: nn.Module, init: Tensors) -> None:
         """Say how parameters that were added to a built module start."""
@@ -77,10 +69,24 @@ class Models:
             return tiny_folder(self.cache_dir, part, tiny)
         return find_folder(part, self._spec(part))
 
-    def _class_name(self, part: str, config: Mapping[str, Any], tiny: Tiny) -> str:
-        """The class to build from a folder; a transformers folder may name a larger one (CLIP's, with both towers)."""
-        chosen = None if self.config.name == "tiny" else self._spec(part).class_name
-        return chosen or config.get("_class_name") or tiny.class_name
+    def _describe(self, part: str, tiny: Tiny) -> tuple[str, dict[str, Any], Path | None]:
+        """Class, config and folder of a part; with `meta_only` the folder may be absent."""
+        own = part in self.config.parts
+        if self.meta_only and self.config.name == "tiny" and not own:
+            return tiny.class_name, tiny.config, None
+        if self.meta_only and absent(part, self._spec(part)):
+            spec = self._spec(part)
+            if not spec.class_name or spec.config is None:
+                raise ValueError(
+                    f"{absent(part, spec)}; without files, class_name and config are needed to plan with it"
+                )
+            return spec.class_name, spec.config, None
+        folder = self.folder(part, tiny)
+        config = dict(read_json(folder / "config.json"))
+        # A transformers folder may name a larger class than the part needs (a CLIP folder has both towers): the tiny
+        # part's class decides.
+        chosen = self.config.parts[part].class_name if own else None
+        return chosen or config.get("_class_name") or tiny.class_name, config, folder
 
     def _spec(self, part: str) -> PartConfig:
         if part not in self.config.parts:
@@ -121,15 +127,29 @@ def absent_files(folder: Path) -> list[str]:
     return [" or ".join(WEIGHTS)]
 
 
+def absent(part: str, spec: PartConfig) -> str | None:
+    """What is missing of a part's files on this machine, and what to do about it; None if nothing is."""
+    try:
+        find_folder(part, spec)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def missing(config: ModelConfig) -> list[str]:
     """A line for every part of a model whose files are not on this machine."""
-    lines = []
-    for part, spec in config.parts.items():
-        try:
-            find_folder(part, spec)
-        except ValueError as error:
-            lines.append(str(error))
-    return lines
+    return [line for part, spec in config.parts.items() if (line := absent(part, spec))]
+
+
+def pinned(config: ModelConfig) -> ModelConfig:
+    """The same model, each hub part in the cache fixed to its commit: what a later download brings is another one."""
+    return dataclasses.replace(config, parts={part: _pin(spec) for part, spec in config.parts.items()})
+
+
+def _pin(spec: PartConfig) -> PartConfig:
+    if Path(spec.path).expanduser().is_dir() or absent("part", spec):
+        return spec
+    return dataclasses.replace(spec, revision=_hub_folder("part", spec).name)  # .../snapshots/<commit>
 
 
 def _hub_folder(part: str, spec: PartConfig) -> Path:

@@ -1,8 +1,8 @@
 """Parts small enough for a CPU, of the real classes, written to disk in the hub's layout and loaded like real ones."""
 
 import json
-import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ def tiny_folder(cache_dir: Path, part: str, tiny: Tiny) -> Path:
     folder = cache_dir / "tiny" / f"{part}-{key:016x}"
     if folder.is_dir():
         return folder
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.part")
     temporary.mkdir(parents=True, exist_ok=True)
     if tiny.save:
         tiny.save(temporary)
@@ -48,8 +48,10 @@ def tiny_folder(cache_dir: Path, part: str, tiny: Tiny) -> Path:
             module.save_pretrained(temporary)  # type: ignore[operator]
     try:
         temporary.rename(folder)
-    except OSError:  # another was first
-        shutil.rmtree(temporary)
+    except OSError:
+        if not folder.is_dir():
+            raise
+        shutil.rmtree(temporary)  # another was first
     return folder
 
 

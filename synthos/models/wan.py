@@ -42,6 +42,11 @@ def build_transformer(models: Models, image_dim: int) -> Any:
     share the text's keys, values and softmax.
     """
     transformer: Any = models.build("transformer", TINY_TRANSFORMER)
+    if transformer.config.in_channels != 16 or transformer.config.added_kv_proj_dim is not None:
+        raise ValueError(
+            f"model.parts.transformer: in_channels {transformer.config.in_channels} and added_kv_proj_dim "
+            f"{transformer.config.added_kv_proj_dim} are not allowed; expected a text-to-video transformer, 16 and null"
+        )
     embedder = transformer.condition_embedder
     if embedder.image_embedder is None:
         from diffusers.models.transformers.transformer_wan import WanImageEmbedding

@@ -47,6 +47,12 @@ class I2IConfig:
     guidance_text: float  # scale where a request names none
     guidance_image: float  # scale where a request names none
 
+    def __post_init__(self) -> None:
+        if self.shift <= 0:
+            raise ValueError(f"recipe.shift: {self.shift} is not allowed; expected a number above 0")
+        if self.text_length < 1:
+            raise ValueError(f"recipe.text_length: {self.text_length} is not allowed; expected 1 or more tokens")
+
 
 @dataclass(frozen=True)
 class I2IRequest:
@@ -132,8 +138,8 @@ class I2I:
 
     def loss(self, features: Features, null: Features, draws: Draws) -> Loss:
         latents = features["latents"]
-        index = index_from_uniform(draws.uniform("t"), len(self.grid)).cpu()
-        sigma = self.grid[index].to(latents)
+        index = index_from_uniform(draws.uniform("t"), len(self.grid))
+        sigma, weight = (table.to(index.device)[index].to(latents) for table in (self.grid, self.weight))
         noise = draws.normal("noise", latents.shape[1:])
         context = {
             name: drop(features[name], null[name], draws.uniform(f"drop_{name}"), probability)
@@ -142,7 +148,7 @@ class I2I:
         x_t, target = interpolate(latents, noise, sigma), velocity_target(latents, noise)
         prediction = wan.predict(self.network, x_t, 1000 * sigma, **context, dtype=self.compute_dtype)
         squared = (prediction - target).square().flatten(1).mean(1)  # [B]
-        return Loss(self.weight[index].to(squared) * squared, sigma, {"velocity_mse": squared.detach()})
+        return Loss(weight * squared, sigma, {"velocity_mse": squared.detach()})
 
     def sample(self, requests: Encoded, null: Features, draws: Draws) -> Images:
         setting, text, image = requests.settings[0], requests.conditions["text"], requests.conditions["image"]
@@ -183,6 +189,8 @@ class I2I:
                 raise ValueError(
                     f"request {request.name!r}: {key} {setting[key]} is no multiple of {self.size_multiple}"
                 )
+        if setting["steps"] < 1:
+            raise ValueError(f"request {request.name!r}: steps {setting['steps']} is not allowed; expected 1 or more")
         setting["guided"] = setting["guidance_text"] != 1 or setting["guidance_image"] != 1
         return setting
 
@@ -191,8 +199,11 @@ def _picture(setting: dict[str, Any]) -> Tensor | None:
     """The reference as training would have cropped it, uint8 [1, 3, H, W]."""
     if setting["reference"] is None:
         return None
-    data = Path(setting["reference"]).read_bytes()
-    return torch.from_numpy(decode_image(data, setting["height"], setting["width"], "shared"))[None]
+    try:
+        pixels = decode_image(Path(setting["reference"]).read_bytes(), setting["height"], setting["width"], "shared")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"request {setting['name']!r}: reference {setting['reference']!r}: {error}") from None
+    return torch.from_numpy(pixels)[None]
 
 
 RECIPE = I2I

@@ -5,13 +5,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
 from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
 
 from synthos.train.distributed import World, reshard
 from synthos.train.state import TrainState
 
-MANIFEST = "manifest.json"
+MANIFEST, STATE = "manifest.json", "state.json"
 
 
 class Checkpoints:
@@ -28,7 +30,11 @@ class Checkpoints:
     def save(self, state: TrainState, stream: dict[str, Any]) -> Path:
         """Write the state after `state.step`; collective. Older ones that need not be kept are removed."""
         final = self.folder / f"step_{state.step:08d}"
-        if is_whole(final):
+        counters = json.dumps({"train": state.counters(), "stream": stream})
+        if self._newest() == state.step:  # its tensors are the same; a validation since may have moved the counters
+            if self.world.is_main:
+                _write_counters(final, counters)
+            self.world.barrier()
             return final
         temporary = self.folder / f".{final.name}.part"
         if self.world.is_main:
@@ -38,7 +44,7 @@ class Checkpoints:
         self.world.barrier()
         save_sharded(state.tensors(), checkpoint_id=temporary, process_group=self.world.cpu_group)
         if self.world.is_main:
-            (temporary / "state.json").write_text(json.dumps({"train": state.counters(), "stream": stream}))
+            _write_counters(temporary, counters)
             _write_manifest(temporary)
             temporary.rename(final)
             self._prune(state)
@@ -47,30 +53,43 @@ class Checkpoints:
 
     def restore(self, state: TrainState) -> dict[str, Any] | None:
         """Load the newest whole checkpoint into `state`; returns the stream's state, or None if there is none."""
-        newest = next((f for f in reversed(self.list()) if is_whole(f)), None)
-        if newest is None:
+        step = self._newest()
+        if step is None:
             return None
+        newest = self.folder / f"step_{step:08d}"
         load_sharded(state.tensors(), checkpoint_id=newest, process_group=self.world.cpu_group)
         reshard(state.network)
-        saved = json.loads((newest / "state.json").read_text())
+        saved = json.loads((newest / STATE).read_text())
         state.load_counters(saved["train"])
         stream: dict[str, Any] = saved["stream"]
         return stream
+
+    def _newest(self) -> int | None:
+        """Step of the newest whole checkpoint as rank 0 sees it: on a shared folder, ranks may see different ones."""
+        found = -1
+        if self.world.is_main:
+            found = max((_step(f) for f in self.list() if is_whole(f)), default=-1)
+        step = int(self.world.reduce(torch.tensor(found), dist.ReduceOp.MAX))
+        return step if step >= 0 else None
 
     def list(self) -> list[Path]:
         """Every checkpoint folder, oldest first, whole or not."""
         return sorted(self.folder.glob("step_*"))
 
     def _prune(self, state: TrainState) -> None:
+        """Keep the newest and the best; what is damaged goes first and never counts."""
+        whole = [folder for folder in self.list() if is_whole(folder)]
         best = {step for _, step in state.best[: self.keep_best]}
-        old = self.list()[: -self.keep_last] if self.keep_last else []
-        for folder in old:
-            if int(folder.name.removeprefix("step_")) not in best:
+        kept = {f for f in whole if _step(f) in best} | set(whole[-self.keep_last :])
+        for folder in self.list():
+            if folder not in kept:
                 shutil.rmtree(folder)
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether every file that the manifest lists is there with its size."""
+    """Whether the counters, and every file that the manifest lists with its size, are there."""
+    if not (folder / STATE).is_file():
+        return False
     try:
         sizes = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError):
@@ -78,6 +97,17 @@ def is_whole(folder: Path) -> bool:
     return all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in sizes.items())
 
 
+def _write_counters(folder: Path, counters: str) -> None:
+    part = folder / f".{STATE}.part"
+    part.write_text(counters)
+    part.replace(folder / STATE)
+
+
 def _write_manifest(folder: Path) -> None:
-    sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
+    """The sizes of all files but the counters, which may be written again on their own."""
+    sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir()) if file.name != STATE}
     (folder / MANIFEST).write_text(json.dumps(sizes, indent=1))
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))

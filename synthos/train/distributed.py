@@ -2,6 +2,7 @@
 
 import functools
 import os
+import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ def open_world(config: RunConfig) -> World:
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    elif config.cluster.threads:
+    if config.cluster.threads:
         torch.set_num_threads(config.cluster.threads)
     backend = "nccl" if cuda else "gloo"
     if "RANK" in os.environ:
@@ -80,14 +81,15 @@ def open_world(config: RunConfig) -> World:
     return World(dist.get_rank(), local_rank, dist.get_world_size(), device, dtype, cpu_group)
 
 
-def choose_mesh(config: RunConfig, network: nn.Module, device: torch.device) -> tuple[Mode, str]:
+def choose_mesh(config: RunConfig, network: nn.Module, world: World) -> tuple[Mode, str]:
     """The mesh mode and the reason for it. `auto`: the least sharding whose state fits half of a rank's memory."""
     if config.mesh != "auto":
         return config.mesh, "asked for"
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     frozen = sum(p.numel() * p.element_size() for p in network.parameters() if not p.requires_grad)
     state = trained * (STATE_BYTES + (4 if config.ema.decay else 0)) + frozen
-    budget = _memory(device, config.gpus_per_node) / 2
+    least = torch.tensor(_memory(world.device, config.gpus_per_node), dtype=torch.float64)
+    budget = world.reduce(least, dist.ReduceOp.MIN).item() / 2  # ranks with other memory must choose alike
     facts = (
         f"{state / 2**30:.2f} GiB of weights and states, {budget / 2**30:.1f} GiB of a rank's memory set aside for them"
     )
@@ -146,6 +148,8 @@ def fill_whole(module: nn.Module, tensors: Tensors, device: torch.device, dtype:
     filled: dict[int, nn.Parameter] = {}
     for name, parameter in module.named_parameters():
         value = tensors[name]().to(device, dtype)
+        if value.shape != parameter.shape:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}, the model needs {tuple(parameter.shape)}")
         filled[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
     for owner in module.modules():
         for name, parameter in owner.named_parameters(recurse=False, remove_duplicate=False):
@@ -177,6 +181,13 @@ def local(tensor: Tensor) -> Tensor:
 def whole(tensor: Tensor) -> Tensor:
     """The whole value of a tensor that may be sharded; collective."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def peak_memory(device: torch.device) -> float:
+    """Most bytes that this rank has held so far: of the GPU, or of the process on a CPU."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 
 
 def _apply_to_buffers(module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:

@@ -73,6 +73,7 @@ def _about(config: RunConfig, state: TrainState, part: str, complete: bool) -> d
         "format": FORMAT,
         "recipe": config.recipe,
         "model": dump(config.model),
+        "cache_dir": config.cache_dir,
         "part": part,
         "complete": complete,
         "weights": "ema" if state.ema else "raw",

@@ -15,7 +15,7 @@ from synthos.keys import KeyedDraws
 from synthos.recipes.base import Loss, Recipe
 from synthos.schema import RunConfig
 from synthos.train.checkpoint import Checkpoints
-from synthos.train.distributed import World, fsdp_modules, set_training
+from synthos.train.distributed import World, fsdp_modules, peak_memory, set_training
 from synthos.train.optim import clip_gradients, set_lr
 from synthos.train.report import Report
 from synthos.train.state import TrainState
@@ -63,7 +63,7 @@ def train(job: Job) -> dict[str, Any]:
     stream_state = job.checkpoints.restore(state)
     if stream_state is not None:
         job.stream.load_state_dict(stream_state)
-    job.report.start(state.step, job.last_step)
+    job.report.start(state.step, job.last_step, state.validation_due)
     set_training(job.recipe.network, True)
     stopping = ""
     while True:
@@ -111,6 +111,7 @@ def update(job: Job) -> dict[str, float | str]:
     metrics |= {f"train/grad_norm/{name}": value for name, value in norms.items()}
     seconds = time.perf_counter() - started
     metrics |= {"train/grad_norm": norm, "train/samples_per_s": config.batch.size / seconds}
+    metrics |= {"train/mem_gb": peak_memory(job.world.device) / 1e9}
     metrics |= {"data/wait_s": waited, "data/wait": waited / seconds, "data/digest": job.stream.digest()}
     return metrics
 

@@ -79,7 +79,7 @@ def set_lr(optimizer: torch.optim.Optimizer, config: OptimConfig, step: int, las
 
 def clip_gradients(groups: Groups, limit: float | None) -> tuple[dict[str, float], float]:
     """Scale all gradients so that their joint L2 norm is at most `limit`; norms before it, by group and in all."""
-    norms = {name: _norm(parameters) for name, parameters in groups.items()}
+    norms = {name: _norm(ps) for name, ps in groups.items() if any(p.grad is not None for p in ps)}
     total = torch.stack(list(norms.values())).square().sum().sqrt()
     if limit is not None:
         torch.nn.utils.clip_grads_with_norm_([p for ps in groups.values() for p in ps], limit, total)

@@ -26,8 +26,8 @@ TRACE = np.dtype([("step", "<u8"), ("id", "<u8")])  # one row per consumed sampl
 class Report:
     """The report of one attempt. Every rank writes its trace; rank 0 writes all else.
 
-    The same numbers go to metrics.jsonl and to W&B. Lines beyond the restored step are cut, so that the file always
-    tells one uninterrupted story.
+    The same numbers go to metrics.jsonl and to W&B. What lies beyond the restored step is cut from metrics.jsonl and
+    from the traces, so that they tell one uninterrupted story; W&B keeps it, and sees the steps logged again.
     """
 
     HEARTBEAT_SECONDS = 2.0
@@ -41,15 +41,15 @@ class Report:
         self.beat = self.line = 0.0
         self.rate = 0.0  # images per second, smoothed
 
-    def start(self, step: int, last_step: int) -> None:
-        """Open everything at the step the run goes on from."""
+    def start(self, step: int, last_step: int, validation_due: bool) -> None:
+        """Open everything at the step the run goes on from; `validation_due` if it will be validated (again)."""
         self.last_step = last_step
         (self.folder / "data").mkdir(exist_ok=True)
-        path = self.folder / "data" / f"trace-rank-{self.world.rank:05d}.bin"
-        self.trace_file = path.open("ab", buffering=0)
+        self._cut_traces(step)
+        self.trace_file = self._trace_path(self.world.rank).open("ab", buffering=0)
         if not self.world.is_main:
             return
-        self._cut_metrics(step)
+        self._cut_metrics(step, validation_due)
         self.metrics_file = (self.folder / "metrics.jsonl").open("a", buffering=1)
         self._open_wandb()
         self._log({"attempt": self.attempt, "attempt/restart_step": step}, step)
@@ -72,7 +72,7 @@ class Report:
         pictures = {}
         for setting in settings:
             made = validation.pictures[setting["name"]]
-            reference = Path(setting["reference"]) if setting.get("reference") else None
+            reference = self.folder / setting["reference"] if setting.get("reference") else None
             to_image(made).save(folder / f"{setting['name']}.png")
             shown = card(made, reference, setting["prompt"])
             (folder / "cards").mkdir(exist_ok=True)
@@ -104,14 +104,29 @@ class Report:
             if hasattr(self, name):
                 getattr(self, name).close()
 
-    def _cut_metrics(self, step: int) -> None:
+    def _trace_path(self, rank: int) -> Path:
+        return self.folder / "data" / f"trace-rank-{rank:05d}.bin"
+
+    def _cut_traces(self, step: int) -> None:
+        """Forget what was consumed beyond the restored step: our own rows, and on rank 0 those of ranks now absent."""
+        paths = {self._trace_path(self.world.rank)}
+        if self.world.is_main:
+            ours = {self._trace_path(rank) for rank in range(self.world.size)}
+            paths |= set((self.folder / "data").glob("trace-rank-*.bin")) - ours
+        for path in paths:
+            if path.exists():
+                whole = path.stat().st_size // TRACE.itemsize
+                rows = np.fromfile(path, TRACE, count=whole)  # a kill may have cut the last row
+                _write_whole(path, rows[rows["step"] <= step].tobytes())
+
+    def _cut_metrics(self, step: int, validation_due: bool) -> None:
         path = self.folder / "metrics.jsonl"
         if not path.exists():
             return
         kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
-        part = path.with_suffix(".part")
-        part.write_text("".join(f"{line}\n" for line in kept))
-        part.replace(path)
+        if validation_due:
+            kept = [line for line in kept if _step_of(line) < step or '"val/' not in line]
+        _write_whole(path, "".join(f"{line}\n" for line in kept).encode())
 
     def _log(self, metrics: dict[str, Any], step: int) -> None:
         self.metrics_file.write(json.dumps({"step": step, **metrics}) + "\n")
@@ -157,16 +172,21 @@ class Report:
             self._heartbeat(beat)
 
     def _heartbeat(self, beat: Beat) -> None:
-        path = self.folder / "control" / "heartbeat.json"
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps({"time": time.time(), "attempt": self.attempt, **dataclasses.asdict(beat)}))
-        part.replace(path)
+        told = {"time": time.time(), "attempt": self.attempt, **dataclasses.asdict(beat)}
+        _write_whole(self.folder / "control" / "heartbeat.json", json.dumps(told).encode())
 
     def _say(self, line: str) -> None:
         if self.progress:
             self.progress.print(line + "\n")
         else:
             print(line, flush=True)
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part."""
+    part = path.with_suffix(".part")
+    part.write_bytes(content)
+    part.replace(path)
 
 
 def wandb_mode(mode: str) -> str:

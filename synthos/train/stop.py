@@ -21,11 +21,12 @@ class Stop:
     Used as a context manager, which puts the former signal handlers back. A second Ctrl-C raises KeyboardInterrupt.
     """
 
-    POLL_SECONDS = 1.0  # how often the file is looked for: shared folders are slow
+    POLL_SECONDS = 0.25  # how often the file is looked for: shared folders are slow
 
     def __init__(self, file: Path, world: World) -> None:
         self.file, self.world = file, world
         self.code = 0
+        self.interrupted = False
         self.polled = 0.0
         self.former: dict[signal.Signals, signal._HANDLER] = {}
 
@@ -47,8 +48,9 @@ class Stop:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         cause = SIGNALS[signal.Signals(number)]
-        if cause == "interrupt" and CAUSES[self.code] == "interrupt":
+        if cause == "interrupt" and self.interrupted:
             raise KeyboardInterrupt
+        self.interrupted = cause == "interrupt" or self.interrupted
         self.code = max(self.code, CAUSES.index(cause))
 
     def _read_file(self) -> int:

@@ -60,10 +60,12 @@ class Validator:
         set_training(network, False)
         try:
             raw = self.loss_grid(stop)
+            if raw is None:
+                return None
             averaging: AbstractContextManager[None] = ema.applied(network) if ema else nullcontext()
             with averaging:
-                averaged = self.loss_grid(stop) if ema and raw is not None else None
-                if raw is None or (ema and averaged is None):
+                averaged = self.loss_grid(stop) if ema else None
+                if ema and averaged is None:
                     return None
                 pictures = self.pictures(stop)
         finally:

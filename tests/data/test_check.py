@@ -57,6 +57,14 @@ def test_a_sample_that_lacks_an_input_is_named(tmp_path: Path, members: list[tup
             facts(config(tmp_path), INPUTS, build)
 
 
+@pytest.mark.parametrize("bad", [[("{}.png", picture())], [("{}.png", picture()), ("{}.txt", b" ")]])
+def test_further_samples_with_the_fault_are_counted(tmp_path: Path, bad: list[tuple[str, bytes]]) -> None:
+    members = [(name.format(key), data) for key in "bcd" for name, data in bad]
+    tar(tmp_path / "0.tar", [*pairs(["a"]), *members])
+    with pytest.raises(ValueError, match=r"sample 'b'.*; 2 more of this shard's samples have the same fault$"):
+        facts(config(tmp_path), INPUTS, build=True)
+
+
 def test_only_what_the_recipe_reads_must_be_there(tmp_path: Path) -> None:
     tar(tmp_path / "0.tar", [("a.png", picture())])
     assert facts(config(tmp_path), {"image": INPUTS["image"]}, build=True).samples == 1
@@ -64,7 +72,8 @@ def test_only_what_the_recipe_reads_must_be_there(tmp_path: Path) -> None:
 
 def test_the_first_extension_is_read(tmp_path: Path) -> None:
     red, blue = picture((255, 0, 0)), picture((0, 0, 255))
-    tar(tmp_path / "train" / "0.tar" if (tmp_path / "train").mkdir() else tmp_path / "train" / "0.tar", pairs(["x"]))
+    (tmp_path / "train").mkdir()
+    tar(tmp_path / "train" / "0.tar", pairs(["x"]))
     (tmp_path / "held").mkdir()
     tar(tmp_path / "held" / "0.tar", [("a.png", red), ("a.ref.png", blue), ("b.png", red)])
     inputs = {"image": Input("image", ("ref.png", "png"))}
@@ -74,7 +83,7 @@ def test_the_first_extension_is_read(tmp_path: Path) -> None:
 
 
 def test_the_fingerprint_tells_data_sets_apart(tmp_path: Path) -> None:
-    one, two = data_set(tmp_path / "1", 6, 3), data_set(tmp_path / "2", 6, 3, first=1)
+    one, two = data_set(tmp_path / "1", 6, 3), data_set(tmp_path / "2", 6, 3, first=100)
     moved = shutil.copytree(one, tmp_path / "elsewhere")
     found = [facts(config(folder), INPUTS, build=True).fingerprint for folder in (one, two, moved)]
     assert found[0] == found[2] != found[1]
@@ -100,6 +109,28 @@ def test_no_sample_is_in_both_splits(tmp_path: Path) -> None:
             facts(config(train, validation=validation), INPUTS, build=True)
     other = data_set(tmp_path / "other", 6, 3, first=100)  # the same keys, other pictures
     assert facts(config(train, validation=str(other)), INPUTS, build=True).held_out == 6
+
+
+def test_a_picture_is_found_under_another_key_and_caption(tmp_path: Path) -> None:
+    train = data_set(tmp_path / "train", 6, 3)
+    shifted = data_set(tmp_path / "shifted", 6, 3, first=5)  # its first is the last of `train`, in another row
+    with pytest.raises(
+        ValueError, match=r"sample '000000000' is also in data\.shards, as sample '000010002' of .*train"
+    ):
+        facts(config(train, validation=str(shifted)), INPUTS, build=True)
+    tar(tmp_path / "told.tar", [("x.png", picture((3, 0, 7))), ("x.txt", b"in other words")])
+    with pytest.raises(ValueError, match=r"sample 'x' is also in data\.shards, as sample '000010000' of"):
+        facts(config(train, validation=str(tmp_path / "told.tar")), INPUTS, build=True)
+
+
+def test_without_pictures_all_that_is_read_is_compared(tmp_path: Path) -> None:
+    inputs = {"text": Input("text", ("txt",)), "about": Input("text", ("md",))}
+    for name, key, about in (("train", "a", b"1"), ("other", "a", b"2"), ("same", "b", b"1")):
+        tar(tmp_path / f"{name}.tar", [(f"{key}.txt", b"caption"), (f"{key}.md", about)])
+    train, other, same = (str(tmp_path / f"{name}.tar") for name in ("train", "other", "same"))
+    assert facts(config(train, validation=other), inputs, build=True).held_out == 1
+    with pytest.raises(ValueError, match=r"sample 'b' is also in data\.shards, as sample 'a' of"):
+        facts(config(train, validation=same), inputs, build=True)
 
 
 @pytest.mark.parametrize(

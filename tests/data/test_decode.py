@@ -58,6 +58,17 @@ def test_exif_orientation(photograph: Image.Image, orientation: int, kind: str) 
     assert psnr(decode_image(data, 96, 128, "whole"), lanczos(upright, 96, 128, whole=True)) > 35
 
 
+@pytest.mark.parametrize("exif", [b"junk", b"II*\0"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_malformed_exif_is_passed_over(kind: str, exif: bytes) -> None:
+    image = noise(16, 24)
+    plain = encoded(image, kind)
+    options = {"exif": b"Exif\0\0" + exif, "dpi": (72, 72)} if kind == "JPEG" else {"exif": exif}
+    data = encoded(image, kind, **options)  # a JPEG without dpi would have Pillow look, and fail, on opening already
+    assert exif in data and image_size(data) == (24, 16)
+    assert np.array_equal(decode_image(data, 16, 24, "whole"), decode_image(plain, 16, 24, "whole"))
+
+
 def test_same_size_is_exact() -> None:
     image = noise(24, 40)
     assert np.array_equal(decode_image(encoded(image, "PNG"), 24, 40, "shared"), np.asarray(image).transpose(2, 0, 1))

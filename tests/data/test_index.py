@@ -84,6 +84,17 @@ def test_tar_cut_between_members(tmp_path: Path) -> None:
         build_index(path)
 
 
+@pytest.mark.parametrize("zeros", [0, 3 << 20])
+def test_tars_joined_in_one_file(tmp_path: Path, zeros: int) -> None:
+    one, two = tar(tmp_path / "1.tar", pairs(["a"])), tar(tmp_path / "2.tar", pairs(["b"]))
+    joined = tmp_path / "0.tar"
+    joined.write_bytes(one.read_bytes() + bytes(zeros))
+    assert len(build_index(joined)) == 1  # padding is no fault
+    joined.write_bytes(joined.read_bytes() + two.read_bytes())
+    with pytest.raises(ValueError, match=r"0\.tar goes on after its end mark at byte \d+.*one tar per file"):
+        build_index(joined)
+
+
 def test_tar_cut_inside_a_member(tmp_path: Path) -> None:
     path = tar(tmp_path / "0.tar", [("a.png", noise := bytes(range(256)) * 20), ("a.txt", b"caption")])
     path.write_bytes(path.read_bytes()[: 512 + len(noise) // 2])

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from synthos.data.check import facts
-from synthos.data.photos import SEEN, UNSEEN, color_name, crops, prepare
+from synthos.data.photos import SEEN, UNSEEN, color_name, crops, missing, prepare
 from synthos.data.stream import HeldOut
 from tests.data.make import INPUTS, config
 
@@ -111,7 +111,10 @@ def test_prepared_once_and_always_the_same(photos: Path, tmp_path: Path) -> None
 
 
 def test_without_scikit_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert missing() == []
     monkeypatch.setitem(sys.modules, "skimage", None)  # how Python marks a module that can't be imported
     with pytest.raises(ValueError, match=r"pip install -e '\.\[demo\]'"):
         prepare(tmp_path / "photos")
     assert not list(tmp_path.iterdir())
+    (line,) = missing()
+    assert "pip install -e '.[demo]'" in line and "\n" not in line

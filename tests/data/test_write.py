@@ -2,6 +2,7 @@
 
 import csv
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +147,28 @@ def test_a_wrong_jsonl(tmp_path: Path, images: Path, line: str, message: str) ->
         main(["--images", str(images), "--table", str(tmp_path / "t.jsonl"), "--out", str(tmp_path / "out")])
 
 
+@pytest.mark.parametrize("name, line", [("t.csv", "%s,%s\r\n"), ("t.jsonl", '{"image": "%s", "caption": "%s"}\n')])
+def test_a_table_in_latin_1(tmp_path: Path, images: Path, name: str, line: str) -> None:
+    rows = [("image", "caption"), *[("0.jpg", "x")] * 1000, ("0.jpg", "caf\xe9"), ("0.jpg", "y")]
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + "".join(line % row for row in rows).encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"--table: .*{name} line 1002 is not UTF-8"):
+        main(["--images", str(images), "--table", str(tmp_path / name), "--out", str(tmp_path / "out")])
+
+
+def test_a_cell_that_is_too_large(tmp_path: Path, images: Path) -> None:
+    (tmp_path / "t.csv").write_text("image,caption\n0.jpg,x\n0.jpg," + "y" * (1 << 18) + "\n")
+    with pytest.raises(ValueError, match=r"--table: .*t\.csv line 3 is no CSV: field larger than"):
+        main(["--images", str(images), "--table", str(tmp_path / "t.csv"), "--out", str(tmp_path / "out")])
+
+
+def test_a_caption_file_in_latin_1_is_left_out(tmp_path: Path, images: Path) -> None:
+    (images / "2.txt").write_bytes("caf\xe9".encode("latin-1"))
+    main(["--images", str(images), "--out", str(tmp_path / "out")])
+    assert len(read_by_webdataset(tmp_path / "out")) == 6
+    skipped = json.loads((tmp_path / "out" / "skipped.jsonl").read_text())
+    assert skipped == {"row": 2, "image": str(images / "2.jpg"), "reason": "its caption is not UTF-8"}
+
+
 def test_wrong_arguments(tmp_path: Path, images: Path) -> None:
     out = ["--out", str(tmp_path / "out")]
     with pytest.raises(ValueError, match="--images: no such folder"):
@@ -156,6 +179,24 @@ def test_wrong_arguments(tmp_path: Path, images: Path) -> None:
         main(["--images", str(images), "--table", "t.csv", *out])
     with pytest.raises(ValueError, match="name columns of a --table"):
         main(["--images", str(images), "--image-column", "image", *out])
+
+
+@pytest.mark.parametrize("samples, sizes", [(1, [1]), (3, [3]), (6, [3, 3]), (7, [3, 3, 1])])
+def test_shards_are_filled_and_none_is_empty(tmp_path: Path, samples: int, sizes: list[int]) -> None:
+    rows = [row for i in range(samples) for row in (Row(b"no picture", "x"), Row(picture((i, 0, 0)), str(i)))]
+    write_shards(tmp_path / "out", [*rows, Row(b"no picture", "x")], shard_size=3)
+    lines = json.loads((tmp_path / "out" / "manifest.json").read_text())["shards"]
+    assert [line["samples"] for line in lines] == sizes and len(list(tmp_path.glob("out/*.tar"))) == len(sizes)
+
+
+def test_a_shard_is_not_held_in_memory(tmp_path: Path) -> None:
+    data = encoded(noise(300, 300), "PNG")
+    rows = (Row(b"".join([data]) + bytes([i]), "caption") for i in range(60))  # each of them bytes of its own
+    tracemalloc.start()
+    write_shards(tmp_path / "out", rows, shard_size=60)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(data) > 250_000 and peak < 20 * len(data)
 
 
 def test_a_finished_data_set_is_never_overwritten(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A small data set, a command line that is right in every respect, and `submit`, which runs it in this process."""
 
 import io
+import subprocess
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -63,6 +64,25 @@ def submit(arguments: list[str]) -> Submit:
         return main(["submit", *kept, *overrides])
 
     return run
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A git repository with a commit, a change and a file that git does not know."""
+    folder = tmp_path / "checkout"
+    folder.mkdir()
+    git(folder, "init", "-q", "-b", "topic")
+    (folder / "code.py").write_text("old\n")
+    git(folder, "add", ".")
+    git(folder, "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "first")
+    (folder / "code.py").write_text("new\n")
+    (folder / "extra.py").write_text("")
+    return folder
+
+
+def git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(folder), *arguments], check=True, capture_output=True, text=True)
+    return done.stdout.strip()
 
 
 def tree(*folders: Path) -> dict[str, tuple[int, int]]:

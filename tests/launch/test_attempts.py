@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from launch import attempts
+from tests.launch.conftest import git
 
 
 def leave_verdict(folder: Path, **verdict: Any) -> dict[str, Any]:
@@ -26,6 +27,18 @@ def test_an_attempt_is_recorded_from_start_to_end(tmp_path: Path) -> None:
     closed = attempts.newest_record(tmp_path)
     assert (closed["status"], closed["cause"], closed["end_step"]) == ("stopped", "stop", 7)
     assert record.items() <= closed.items() and closed["started"] <= closed["ended"]
+
+
+def test_every_attempt_records_the_code_it_ran(tmp_path: Path, checkout: Path) -> None:
+    """The first with a change, the second with that change committed."""
+    attempts.begin(tmp_path, [], checkout)
+    first = attempts.newest_record(tmp_path)
+    assert (first["commit"], first["changed"]) == (git(checkout, "rev-parse", "HEAD"), True)
+    git(checkout, "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qam", "second")
+    attempts.begin(tmp_path, [], checkout)
+    second = attempts.newest_record(tmp_path)
+    assert (second["commit"], second["changed"]) == (git(checkout, "rev-parse", "HEAD"), False)
+    assert second["commit"] != first["commit"]
 
 
 def test_the_verdict_of_an_earlier_attempt_is_not_taken_for_this_one(tmp_path: Path) -> None:

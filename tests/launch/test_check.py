@@ -5,7 +5,14 @@ from typing import Any
 
 import pytest
 
-from launch.check import batch_problems, machine_problems, nearest_divisors, nearest_multiples, value_problems
+from launch.check import (
+    batch_problems,
+    length_problems,
+    machine_problems,
+    nearest_divisors,
+    nearest_multiples,
+    value_problems,
+)
 from launch.compose import compose
 from synthos.build import recipe_class, recipe_config
 from synthos.schema import RunConfig
@@ -77,6 +84,7 @@ def test_nearest_values_agree_with_a_plain_search() -> None:
         ("data.workers=-1", "data.workers: -1 is not allowed; expected a number 0 or more"),
         ("ema.decay=1.0", "ema.decay: 1.0 is not allowed; expected a number between 0 and 1"),
         ("validate.every=0", "validate.every: 0 is not allowed; expected a number above 0"),
+        ("checkpoint.keep_last=0", "checkpoint.keep_last: 0 is not allowed; expected a number above 0"),
         ("recipe.drop_text=1.5", "recipe.drop_text: 1.5 is not allowed; expected a probability from 0 to 1"),
         ("recipe.drop_image=-0.1", "recipe.drop_image: -0.1 is not allowed; expected a probability from 0 to 1"),
         ("optim.steps=0", "optim.steps: 0 is not allowed; expected a number above 0"),
@@ -102,8 +110,35 @@ def test_each_wrong_value_is_the_only_problem(override: str, expected: str) -> N
 
 def test_nothing_held_out_to_validate_on() -> None:
     assert problems("data.validation=null")[0].startswith("data.validation, data.holdout_fraction: nothing is held out")
-    assert problems("data.validation=null", "validate.samples=0", "validate.from_split=0") == []
+    assert problems("data.validation=null", "validate.samples=0", "validate.from_split=0", "validate.every=null") == []
     assert problems("data.validation=null", "data.holdout_fraction=0.1") == []
+
+
+def test_validation_settings_without_effect() -> None:
+    nothing = ("validate.samples=0", "validate.from_split=0")
+    assert problems(*nothing, "validate.every=null") == [] and problems("checkpoint.keep_best=1") == []
+    (line,) = problems(*nothing)
+    assert line.startswith("validate.every: 200 has no effect without validate.samples, validate.requests or")
+    for something in ("validate.samples=1", "validate.from_split=1", "validate.requests=[{name: a}]"):
+        kept = [override for override in nothing if override.split("=")[0] != something.split("=")[0]]
+        assert problems(*kept, something) == []
+    (line,) = problems("validate.samples=0", "checkpoint.keep_best=1")
+    assert line.startswith("checkpoint.keep_best: 1 has no effect with validate.samples=0")
+
+
+def test_epochs_are_checked_when_their_steps_are_known() -> None:
+    def found(samples: int, steps: int, *overrides: str) -> list[str]:
+        return [*length_problems(config("optim.steps=null", *overrides), samples, steps)]
+
+    assert found(24, 1, "optim.epochs=1") == []
+    assert found(12, 0, "optim.epochs=1.5") == [
+        "optim.epochs: 1.5 epochs of 12 samples are less than one step of batch.size 24; "
+        "expected more epochs, more samples or a smaller batch.size"
+    ]
+    assert found(48, 4, "optim.epochs=2", "optim.warmup_steps=4") == []
+    assert found(48, 4, "optim.epochs=2", "optim.warmup_steps=5") == [
+        "optim.warmup_steps: 5 is more than the 4 steps that optim.epochs 2 of 48 samples are"
+    ]
 
 
 def test_one_machine_is_one_node_and_debug_is_one_rank() -> None:

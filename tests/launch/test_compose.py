@@ -1,11 +1,14 @@
 """From a command line to a RunConfig."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 from launch.compose import CHECKOUT, CONFIGS, choices, compose
+from synthos.build import recipe_class
 
 BASE = ("recipe=i2i", "model=tiny")
 
@@ -22,7 +25,7 @@ def test_defaults_are_filled_in() -> None:
     assert not composed.dry_run
     assert (config.name, config.group, config.experiment) == ("i2i", "i2i", None)
     assert (config.runs_dir, config.cache_dir) == (str(CHECKOUT / "runs"), str(CHECKOUT / ".cache"))
-    assert config.data.shards == str(CHECKOUT / ".cache" / "photos" / "train")
+    assert config.data.shards == str(CHECKOUT / ".cache" / "photos-1" / "train")
 
 
 def test_the_command_line_beats_the_recipe() -> None:
@@ -49,6 +52,26 @@ def test_an_experiment_chooses_the_recipe_and_names_the_run(tmp_path: Path) -> N
     config = compose(["experiment=loud"], tmp_path / "configs").config
     assert (config.name, config.group, config.experiment) == ("loud", "loud", "loud")
     assert config.recipe["name"] == "i2i" and config.model.name == "tiny" and config.optim.lr == 0.5
+
+
+def test_null_is_the_choice_of_no_experiment() -> None:
+    plain = compose(BASE).config
+    assert compose([*BASE, "experiment=null"]).config == plain
+    assert compose([*BASE, "experiment=i2i_photos", "experiment=null"]).config == plain
+    assert compose(["experiment=null", "experiment=i2i_photos"]).config.experiment == "i2i_photos"
+
+
+def test_a_mark_of_what_is_to_be_set_leaves_the_default_or_is_missing() -> None:
+    assert compose([*BASE, "name=???", "runs_dir=???"]).config == compose(BASE).config
+    assert "drop_text" not in compose([*BASE, "recipe.drop_text=???"]).config.recipe
+
+
+@pytest.mark.parametrize("page", sorted((CONFIGS / "recipe").glob("*.yaml")), ids=lambda page: page.stem)
+def test_a_recipe_page_sets_every_field_of_its_config_and_nothing_else(page: Path) -> None:
+    recipe = yaml.safe_load(page.read_text())["recipe"]
+    fields = {field.name for field in dataclasses.fields(recipe_class(recipe["name"]).Config)}
+    assert recipe.keys() == {"name", *fields}
+    assert None not in recipe.values() and "???" not in recipe.values()
 
 
 @pytest.mark.parametrize(
@@ -104,7 +127,13 @@ def test_an_unknown_choice_lists_the_known_ones(group: str) -> None:
         ((*BASE, "optim.lr=1,2"), "optim.lr=1,2: one value is expected; a list is written optim.lr=[a,b]"),
         ((*BASE, "hydra.run.dir=x"), "hydra.run.dir=x: Hydra's own settings have no effect here"),
         ((*BASE, "recipe.name.x=1"), "recipe.name.x: unknown key; recipe.name is a value, not a group of keys"),
-        ((*BASE, "model=null"), "model: None is unknown; allowed: tiny"),
+        ((*BASE, "model=null"), "model: missing; choose one with model=<name>, known: tiny"),
+        ((*BASE, "optim=null"), "optim: None is unknown; allowed: adamw"),
+        (("recipe=null",), "recipe: None is unknown; allowed: i2i"),
+        (("experiment=null",), "recipe: missing; choose one with recipe=<name>, known: i2i"),
+        ((*BASE, "dry_run=???"), "dry_run: None is not allowed; expected true or false"),
+        ((*BASE, "batch.size=???"), "batch.size: missing; expected a whole number"),
+        ((*BASE, "data.shards=???"), "data.shards: missing; expected text or list of text or null"),
         ((*BASE, "dry_run=full"), "dry_run: 'full' is not allowed; expected true or false"),
         ((*BASE, "optim.lr=abc"), "optim.lr: 'abc' is not allowed; expected a number"),
         ((*BASE, "+optim.foo=1"), "optim.foo: unknown key; allowed: betas,"),

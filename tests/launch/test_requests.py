@@ -1,5 +1,6 @@
 """Requests for pictures, as a list and as a JSONL file."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,68 @@ def test_every_wrong_request_is_named_in_one_message(photo: Path) -> None:
     ]
     assert len(found) == len(expected)
     assert all(line.startswith(start) for line, start in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["gif", "tiff"])
+def test_pictures_that_the_recipe_does_not_read(photo: Path, kind: str) -> None:
+    picture = photo.with_suffix(f".{kind}")
+    Image.new("RGB", (20, 10)).save(picture)
+    (line,) = faults(f"validate.requests=[{{name: a, reference: {picture}}}]")
+    assert line.startswith(f"validate.requests[0].reference: {picture} can't be read as a picture: not a readable JPEG")
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png"])
+def test_half_a_picture(tmp_path: Path, kind: str) -> None:
+    picture = tmp_path / f"half.{kind}"
+    Image.effect_noise((64, 64), 50).save(picture)
+    picture.write_bytes(picture.read_bytes()[: picture.stat().st_size // 2])
+    (line,) = faults(f"validate.requests=[{{name: a, reference: {picture}}}]")
+    assert line.startswith(f"validate.requests[0].reference: {picture} can't be read as a picture: ")
+
+
+def test_a_png_with_broken_pixels(tmp_path: Path) -> None:
+    picture = tmp_path / "broken.png"
+    Image.effect_noise((64, 64), 50).save(picture)
+    data = bytearray(picture.read_bytes())
+    data[data.index(b"IDAT") + 500] ^= 255
+    picture.write_bytes(data)
+    (line,) = faults(f"validate.requests=[{{name: a, reference: {picture}}}]")
+    assert line.startswith(f"validate.requests[0].reference: {picture} can't be read as a picture: ")
+
+
+def test_names_of_the_held_out_samples_are_reserved_while_some_are_asked() -> None:
+    rows = "validate.requests=[{name: split_000_text}, {name: splits}]"
+    (line,) = faults(rows, "validate.from_split=1")
+    assert line.startswith("validate.requests[0].name: 'split_000_text' is not allowed with validate.from_split=1,")
+    assert [row["name"] for row in load(rows, "validate.from_split=0")] == ["split_000_text", "splits"]
+
+
+@dataclasses.dataclass(frozen=True)
+class BareRequest:
+    """Of a recipe whose samplers are no choice, and which looks at two pictures."""
+
+    name: str
+    reference: str | None = None
+    reference_depth: str | None = None
+    reference_scale: float = 1.0
+
+
+class BareRecipe:
+    Request, size_multiple = BareRequest, 1
+
+
+def test_a_request_needs_no_field_but_its_name(photo: Path) -> None:
+    row = f"{{name: a, reference: {photo}, reference_depth: {photo}}}"
+    config = compose(["recipe=i2i", "model=tiny", f"validate.requests=[{row}]"]).config
+    (request,) = load_requests(config, BareRecipe)
+    assert request["reference_scale"] == 1.0
+    assert picture_fields(request) == {"reference": photo, "reference_depth": photo}
+
+
+def test_a_prompt_of_question_marks_is_a_prompt(tmp_path: Path) -> None:
+    rows = "{name: a, prompt: '???'}"
+    assert load(f"validate.requests=[{rows}]")[0]["prompt"] == "???"
+    assert load(write(tmp_path / "ask.jsonl", {"name": "a", "prompt": "???"}))[0]["prompt"] == "???"
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:

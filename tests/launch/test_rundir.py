@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,31 +11,13 @@ import pytest
 from PIL import Image
 
 from launch.compose import compose
-from launch.rundir import RunState, git_facts, hold, open_folder, read_state, run_folder
+from launch.rundir import RunState, _lock, git_facts, hold, open_folder, read_state, run_folder
 from synthos.schema import RunConfig, read_config
+from tests.launch.conftest import git
 
 
 def config(tmp_path: Path, *overrides: str) -> RunConfig:
     return compose(["recipe=i2i", "model=tiny", "data=photos", f"runs_dir={tmp_path}", *overrides]).config
-
-
-@pytest.fixture
-def checkout(tmp_path: Path) -> Path:
-    """A git repository with a commit, a change and a file that git does not know."""
-    folder = tmp_path / "checkout"
-    folder.mkdir()
-    git(folder, "init", "-q", "-b", "topic")
-    (folder / "code.py").write_text("old\n")
-    git(folder, "add", ".")
-    git(folder, "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "first")
-    (folder / "code.py").write_text("new\n")
-    (folder / "extra.py").write_text("")
-    return folder
-
-
-def git(folder: Path, *arguments: str) -> str:
-    done = subprocess.run(["git", "-C", str(folder), *arguments], check=True, capture_output=True, text=True)
-    return done.stdout.strip()
 
 
 def opened(tmp_path: Path, checkout: Path, *overrides: str) -> Path:
@@ -92,6 +75,38 @@ def test_pictures_are_copied_and_named_relative_to_the_folder(tmp_path: Path, ch
     assert (folder / "requests" / "a.reference.jpg").read_bytes() == (tmp_path / "photo.jpg").read_bytes()
 
 
+def test_every_picture_field_is_copied(tmp_path: Path, checkout: Path) -> None:
+    pictures = {"reference": tmp_path / "a.jpg", "reference_depth": tmp_path / "b.png"}
+    for picture in pictures.values():
+        Image.new("RGB", (4, 4)).save(picture)
+    row = ", ".join(f"{key}: {path}" for key, path in pictures.items())
+    folder = opened(tmp_path, checkout, f"validate.requests=[{{name: x, {row}, reference_scale: 0.5}}]")
+    (request,) = read_config(RunConfig, folder / "config.yaml").validate.requests or []
+    assert isinstance(request, dict) and request["reference_scale"] == 0.5
+    for key, picture in pictures.items():
+        assert request[key] == f"requests/x.{key}{picture.suffix}"
+        assert (folder / request[key]).read_bytes() == picture.read_bytes()
+
+
+def test_a_folder_that_cannot_be_made_or_locked_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    not_a_folder = r"^runs_dir: .*/file/run/control/lock can't be locked: Not a directory; "
+    with pytest.raises(ValueError, match=not_a_folder), hold(tmp_path / "file" / "run"):
+        raise AssertionError("held what can't be")
+    (tmp_path / "run" / "control" / "lock").mkdir(parents=True)
+    not_a_file = r"^runs_dir: .*/lock can't be locked: Is a directory; "
+    with pytest.raises(ValueError, match=not_a_file), hold(tmp_path / "run"):
+        raise AssertionError("held what can't be")
+
+
+@pytest.mark.skipif(not hasattr(os, "O_PATH"), reason="a descriptor that the kernel refuses to lock is Linux's")
+def test_a_file_that_the_kernel_refuses_to_lock_is_named(tmp_path: Path) -> None:
+    (tmp_path / "lock").touch()
+    refused = pytest.raises(ValueError, match=r"^runs_dir: .*/lock can't be locked: Bad file descriptor; ")
+    with open(tmp_path / "lock", opener=lambda path, _: os.open(path, os.O_PATH)) as file, refused:
+        _lock(file)
+
+
 def test_only_one_process_holds_a_run(tmp_path: Path) -> None:
     with hold(tmp_path) as lock, hold(tmp_path) as second:
         assert lock is not None and second is None
@@ -120,6 +135,7 @@ def test_the_state_counts_whole_checkpoints_only(tmp_path: Path) -> None:
         folder.mkdir(parents=True)
         (folder / "data").write_text("12345" if whole else "123")
         (folder / "manifest.json").write_text(json.dumps({"data": 5}))
+        (folder / "state.json").write_text("{}")
     (tmp_path / "checkpoints" / ".step_00000400.part").mkdir()
     (tmp_path / "weights" / "step_00000200").mkdir(parents=True)
     (tmp_path / "control").mkdir()

@@ -46,6 +46,15 @@ def only_run(tmp_path: Path) -> Path:
         (("optim.epochs=1",), "optim.steps, optim.epochs: both are set (3 and 1.0)"),
         (("optim.steps=null",), "optim.steps, optim.epochs: neither is set"),
         (("data.lanes=3",), "data.lanes: 3 "),
+        (
+            ("optim.steps=null", "optim.epochs=0.1"),
+            "optim.epochs: 0.1 epochs of ",
+        ),
+        (
+            ("optim.steps=null", "optim.epochs=1", "optim.warmup_steps=50"),
+            "optim.warmup_steps: 50 is more than the ",
+        ),
+        (("runs_dir=/dev/null/runs",), "runs_dir: /dev/null/runs/i2i/i2i-"),
         (("validate.requests=[{prompt: x}]",), "validate.requests[0].name: missing"),
         (
             ("+model.parts.vae.path=no/where",),
@@ -112,7 +121,8 @@ def test_a_dry_run_indexes_nothing_and_says_so(submit: Submit, tmp_path: Path, c
 
 
 def test_a_dry_run_lists_what_is_missing(submit: Submit, capsys: Capture) -> None:
-    assert submit("dry_run=true", "data.shards=/no/where.tar", "+model.parts.vae.path=no/where") == 0
+    vae = "{path: no/where, class_name: AutoencoderKLWan, config: {base_dim: 4, num_res_blocks: 1}}"
+    assert submit("dry_run=true", "data.shards=/no/where.tar", f"+model.parts.vae={vae}") == 0
     missing = [line for line in capsys.readouterr().out.splitlines() if line.startswith("missing: ")]
     assert missing[0] == "missing: data.shards: no such shard: /no/where.tar"
     assert missing[1].startswith("missing: model.parts.vae: 'no/where' is no local folder")

@@ -1,10 +1,13 @@
 """Data and weights, before the start."""
 
 import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import synthos.data
 from launch.compose import compose
 from launch.survey import Survey, survey
 from synthos.build import recipe_class
@@ -53,8 +56,44 @@ def test_no_work_for_a_run_that_cannot_start(shards: Path, tmp_path: Path) -> No
 
 def test_a_built_in_data_set_is_announced_by_a_dry_run(tmp_path: Path) -> None:
     found = look(tmp_path, "data=photos", dry_run=True)
-    assert found.notes == [f"data: photos will be written to {tmp_path / 'cache' / 'photos'}"]
+    assert found.notes == [f"data: photos will be written to {tmp_path / 'cache' / 'photos-1'}"]
     assert found.missing == [] and list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def built_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A data module of the name `demo_for_test`, whose needs are the lines of the returned file."""
+    needs, folder = tmp_path / "needs.txt", tmp_path / "modules"
+    folder.mkdir()
+    needs.touch()
+    (folder / "demo_for_test.py").write_text(
+        "from pathlib import Path\n"
+        f"def missing():\n    return Path({str(needs)!r}).read_text().splitlines()\n"
+        "def prepare(folder):\n    (folder / 'train').mkdir(parents=True)\n"
+    )
+    monkeypatch.setattr(synthos.data, "__path__", [*synthos.data.__path__, str(folder)])
+    yield needs
+    sys.modules.pop("synthos.data.demo_for_test", None)
+    vars(synthos.data).pop("demo_for_test", None)
+
+
+def test_what_a_built_in_data_set_needs_is_missing(tmp_path: Path, built_in: Path) -> None:
+    shards = tmp_path / "cache" / "demo" / "train"
+    overrides = ("data=photos", "data.prepare=demo_for_test", f"data.shards={shards}", f"data.validation={shards}")
+    built_in.write_text("get the photographs\n")
+    for dry_run in (True, False):
+        assert look(tmp_path, *overrides, dry_run=dry_run).missing == ["get the photographs"]
+    assert not (tmp_path / "cache").exists()
+    built_in.write_text("")
+    found = look(tmp_path, *overrides)
+    assert shards.is_dir() and found.missing[0].startswith("data.shards: ")  # it was written, and is empty
+
+
+@pytest.mark.parametrize("place", ["elsewhere/train", "cache/train", "cache/../elsewhere/train"])
+def test_a_built_in_data_set_is_written_below_the_cache_only(tmp_path: Path, place: str) -> None:
+    with pytest.raises(ValueError, match=r"^data\.shards: .* would be written outside of cache_dir "):
+        look(tmp_path, "data=photos", f"data.shards={tmp_path / place}")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_absent_shards_are_missing_lines(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from synthos.models.autoencoder import TINY_WAN, build_autoencoder
 from synthos.models.clip import TINY_CLIP, build_image_encoder
 from synthos.models.meta import find_class
-from synthos.models.parts import Models, missing
+from synthos.models.parts import Models, find_folder, missing, pinned
 from synthos.models.tensors import match_tensors, seeded
 from synthos.models.text import TINY_TEXT, TINY_TOKENIZER
 from synthos.schema import ModelConfig, PartConfig
@@ -168,3 +168,25 @@ def test_seeded_values_depend_on_seed_and_name_alone() -> None:
     assert torch.equal(first(), seeded(0, "proj.weight", normal)())
     assert not torch.equal(first(), seeded(0, "other.weight", normal)())
     assert not torch.equal(first(), seeded(1, "proj.weight", normal)())
+
+
+def test_hub_parts_are_fixed_to_the_commit_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "hub" / "models--lab--vae"
+    snapshot = repository / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+        (snapshot / name).write_text("{}")
+    (tmp_path / "local").mkdir()
+    parts = {
+        "vae": PartConfig("lab/vae"),
+        "transformer": PartConfig("lab/absent"),
+        "text": PartConfig(str(tmp_path / "local")),
+    }
+    fixed = pinned(ModelConfig("mine", parts)).parts
+    assert fixed["vae"].revision == commit
+    assert fixed["transformer"].revision is None and fixed["text"].revision is None
+    assert find_folder("vae", fixed["vae"]) == snapshot

@@ -156,10 +156,15 @@ def test_negative_prompt_stands_for_the_null_text_in_unguided_branches(cache: Pa
 
 def test_guided_sampling_is_the_plain_euler_loop_in_float64(cache: Path, tmp_path: Path) -> None:
     recipe = build(cache)
-    encoded, null = request(cache, recipe, tmp_path, prompt="red", guidance_image=2.0, guidance_text=3.0), recipe.null()
+    encoded, null = (
+        request(cache, recipe, tmp_path, prompt="red", negative_prompt="ugly", guidance_image=2.0, guidance_text=3.0),
+        recipe.null(),
+    )
     draws = KeyedDraws(0, torch.tensor([5]), torch.tensor([0]))
     x = draws.normal("noise", (16, 1, 4, 4)).double()
-    text, image, no_text, no_image = (t.double() for t in (*encoded.conditions.values(), null["text"], null["image"]))
+    text, image, no_text, no_image = (
+        t.double() for t in (*encoded.conditions.values(), encoded.negatives["text"], null["image"])
+    )
     network = build(cache).network.double()
     levels = [5 * s / (1 + 4 * s) for s in (1.0, 0.75, 0.5, 0.25)] + [0.0]
 

@@ -107,7 +107,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def trace(folder: Path) -> dict[int, list[int]]:
-    """Sample ids of each step over all ranks; of a step that was made twice, the ranks' last rows."""
+    """Sample ids of each step, over all ranks in order."""
     steps: dict[int, list[int]] = {}
     for file in sorted((folder / "data").glob("trace-rank-*.bin")):
         rows = np.fromfile(file, TRACE)
@@ -134,6 +134,11 @@ def assert_close(folder: Path, other: Path) -> None:
     for key in EXACT[:-1]:
         assert ours[key].keys() == theirs[key].keys()
         np.testing.assert_allclose(list(ours[key].values()), list(theirs[key].values()), rtol=2e-4, err_msg=key)
+    weights, others = tensors(folder), tensors(other)
+    for kind in ("network.", "ema."):
+        pairs = [(weights[name], others[name]) for name in weights if name.startswith(kind)]
+        apart = sum((a - b).square().sum().item() for a, b in pairs) / sum(b.square().sum().item() for _, b in pairs)
+        assert apart**0.5 < 1e-3, kind
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +178,7 @@ def test_killed_and_started_again_goes_on_from_the_last_checkpoint(runs: Runs, s
     restarts = story(folder, "attempt/restart_step")["attempt/restart_step"]
     assert any(step >= 10 for step in restarts.values())
     assert_same(folder, straight)
+    assert trace(folder) == trace(straight)  # what the lost steps had consumed is forgotten
 
 
 def kill_all(folder: Path, process: subprocess.Popen[str]) -> None:
@@ -188,9 +194,9 @@ def kill_all(folder: Path, process: subprocess.Popen[str]) -> None:
     process.communicate(timeout=60)
 
 
-@pytest.mark.parametrize("ranks", [1, 4])
-def test_number_of_ranks_changes_nothing_but_rounding(runs: Runs, straight: Path, ranks: int) -> None:
-    assert_close(runs.finish(f"ranks{ranks}", f"gpus_per_node={ranks}"), straight)
+@pytest.mark.parametrize(("ranks", "mesh"), [(1, "full"), (4, "full"), (2, "replicate")])
+def test_ranks_and_mesh_change_nothing_but_rounding(runs: Runs, straight: Path, ranks: int, mesh: str) -> None:
+    assert_close(runs.finish(f"{mesh}{ranks}", f"gpus_per_node={ranks}", f"mesh={mesh}"), straight)
 
 
 def test_ranks_may_change_on_the_way(runs: Runs, straight: Path) -> None:
@@ -198,6 +204,10 @@ def test_ranks_may_change_on_the_way(runs: Runs, straight: Path) -> None:
     folder = runs.stop_at("elastic", verdict(runs.path("elastic"))["step"] + 2, "gpus_per_node=1")
     runs.finish("elastic", "gpus_per_node=4")
     assert_close(folder, straight)
+    consumed, expected = trace(folder), trace(straight)
+    assert {step: sorted(ids) for step, ids in consumed.items()} == {
+        step: sorted(ids) for step, ids in expected.items()
+    }
 
 
 def test_accumulation_is_one_batch(runs: Runs, straight: Path) -> None:

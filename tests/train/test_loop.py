@@ -80,7 +80,7 @@ def build(world: World, folder: Path, cache: Path, *overrides: str) -> Job:
     pictures = Pictures(config.batch.size)
     validator = Validator(recipe, world, pictures, Encoded({}, {}, []), null, config.batch.micro, 6, 0)
     report = Report(folder, config, world, 1)
-    report.start(0, 10)
+    report.start(0, 10, False)
     return Job(
         config=config, world=world, recipe=recipe, state=state, stream=pictures, null=null, validator=validator,
         checkpoints=Checkpoints(folder / "checkpoints", world, 2, 0), report=report,
@@ -139,7 +139,14 @@ def test_recomputed_activations_give_the_same_gradient(world: World, tmp_path: P
 def test_validation_is_repeatable_and_leaves_no_trace(world: World, tmp_path: Path, cache: Path) -> None:
     job = build(world, tmp_path, cache)
     update(job)
-    before = snapshot(job)
+    before, real = snapshot(job), job.recipe.loss
+
+    def watched(*arguments: Any) -> Loss:
+        parts = (job.recipe.network, *job.recipe.encoders.children(), *job.recipe.frozen.children())
+        assert not any(m.training for part in parts for m in part.modules())
+        return real(*arguments)
+
+    job.recipe.loss = watched  # type: ignore[method-assign]
     with job.stop:
         first, second = (job.validator.run(job.state.ema, job.stop) for _ in range(2))
     assert first and second and first.losses == second.losses
@@ -148,6 +155,7 @@ def test_validation_is_repeatable_and_leaves_no_trace(world: World, tmp_path: Pa
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert not any(m.training for part in job.recipe.encoders.children() for m in part.modules())
     assert job.recipe.network.training
+    job.recipe.loss = real  # type: ignore[method-assign]
     update(job)
 
 
@@ -217,6 +225,26 @@ def test_checkpoint_brings_back_every_tensor(world: World, tmp_path: Path, cache
     assert other.state.step == 2
     restored = other.state.tensors()
     assert restored.keys() == saved.keys() and all(torch.equal(whole(restored[n]), saved[n]) for n in saved)
+
+
+def test_damaged_checkpoints_never_push_out_whole_ones(world: World, tmp_path: Path, cache: Path) -> None:
+    job = build(world, tmp_path, cache)
+    job.checkpoints.keep_last = 1
+    (tmp_path / "checkpoints" / "step_00000030").mkdir(parents=True)
+    update(job)
+    job.checkpoints.save(job.state, job.stream.state_dict())
+    assert [f.name for f in job.checkpoints.list()] == ["step_00000001"]
+
+
+def test_counters_of_a_saved_step_can_be_renewed(world: World, tmp_path: Path, cache: Path) -> None:
+    job = build(world, tmp_path, cache)
+    update(job)
+    job.checkpoints.save(job.state, job.stream.state_dict())
+    job.state.best, job.state.validation_due = [(0.5, 1)], False
+    job.checkpoints.save(job.state, job.stream.state_dict())
+    other = build(world, tmp_path, cache)
+    other.checkpoints.restore(other.state)
+    assert other.state.best == [(0.5, 1)] and not other.state.validation_due
 
 
 def test_a_damaged_checkpoint_is_passed_over(world: World, tmp_path: Path, cache: Path) -> None:
