@@ -166,8 +166,7 @@ def _listed(config: RunConfig) -> list[dict[str, Any]]:
 
 def _located(request: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Pictures were copied into the run folder at submission and are named relative to it."""
-    reference = request.get("reference")
-    return {**request, "reference": str(folder / reference)} if reference else request
+    return {k: str(folder / v) if k.startswith("reference") and isinstance(v, str) else v for k, v in request.items()}
 
 
 def _from_split(config: RunConfig, folder: Path, recipe: Recipe, held_out: HeldOut) -> list[Any]:
