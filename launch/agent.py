@@ -1,6 +1,7 @@
 """What one node does for a run: starts torchrun, shows its output, passes on the wish to stop, closes the ledger."""
 
 import codecs
+import json
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from synthos.schema import RunConfig, read_config
 
 CAUSES = {signal.SIGINT: "interrupt", signal.SIGTERM: "terminate"}
 POLL_SECONDS = 0.1
+PEER_SECONDS = 30  # from the failure of one rank to the end of the others
 SHUTDOWN_SECONDS = 600  # torchrun's patience with ranks that save after a signal; its own default is 30
 
 
@@ -44,7 +46,7 @@ def run(folder: Path, keep_open: Sequence[int] = ()) -> int:
             pass_fds=keep_open,
         )
         with log.open("rb") as shown:
-            wait(process, shown, signals, folder / "control")
+            wait(process, shown, signals, folder / "control", attempt)
     verdict = attempts.end(folder, attempt)
     if verdict["status"] == "failed":
         print(f"attempt {attempt} failed: {verdict['message']}\nlog: {log}", file=sys.stderr)
@@ -86,13 +88,16 @@ def listen() -> Iterator[list[signal.Signals]]:
             signal.signal(number, handler)
 
 
-def wait(process: subprocess.Popen[bytes], log: BinaryIO, signals: list[signal.Signals], control: Path) -> None:
+def wait(
+    process: subprocess.Popen[bytes], log: BinaryIO, signals: list[signal.Signals], control: Path, attempt: int
+) -> None:
     """Show the log as it grows until the process ends; hand on the first signal, and kill on a second Ctrl-C.
 
-    The log is a file that is read back, no pipe, so that the ranks outlive this process.
+    The log is a file that is read back, no pipe, so that the ranks outlive this process. Once a rank has failed, its
+    peers get a while to notice: on a GPU they may wait for it in a collective, where no signal reaches them.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    asked = False
+    asked, patience = False, float("inf")
     screen = Screen(control / "heartbeat.json")
     while True:
         ended = process.poll() is not None
@@ -104,9 +109,20 @@ def wait(process: subprocess.Popen[bytes], log: BinaryIO, signals: list[signal.S
             asked = True
             attempts.write_json(control / "stop", {"cause": CAUSES[signals[0]]})
             print("stopping: the ranks finish their step and save; Ctrl-C again kills them", file=sys.stderr)
-        if signal.SIGINT in signals[1:]:
+        if patience == float("inf") and failed(control / "verdict.json", attempt):
+            patience = time.monotonic() + PEER_SECONDS
+        if signal.SIGINT in signals[1:] or time.monotonic() > patience:
             kill(process.pid)
         time.sleep(POLL_SECONDS)
+
+
+def failed(verdict: Path, attempt: int) -> bool:
+    """Whether a rank of this attempt has said that it failed."""
+    try:
+        told = json.loads(verdict.read_text())
+    except FileNotFoundError:
+        return False
+    return bool(told["status"] == "failed" and told["attempt"] == attempt)
 
 
 def kill(root: int) -> None:

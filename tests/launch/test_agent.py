@@ -64,7 +64,7 @@ def test_output_is_shown_whole_while_it_grows(tmp_path: Path, capsys: pytest.Cap
         "    sys.stdout.buffer.write(piece); sys.stdout.flush(); time.sleep(0.3)\n"
     )
     with log.open("wb") as output, log.open("rb") as shown:
-        agent.wait(python(code, stdout=output), shown, [], tmp_path)
+        agent.wait(python(code, stdout=output), shown, [], tmp_path, 1)
     assert capsys.readouterr().out == "first\nä second\n"  # a letter cut in two by the reader is still one letter
     assert not (tmp_path / "stop").exists()
 
@@ -77,7 +77,7 @@ def test_a_signal_becomes_a_request_to_stop(tmp_path: Path, number: signal.Signa
     with agent.listen() as signals, (tmp_path / "log").open("rb") as shown:
         process = python(obedient)
         os.kill(os.getpid(), number)
-        agent.wait(process, shown, signals, tmp_path)
+        agent.wait(process, shown, signals, tmp_path, 1)
     assert process.returncode == 0 and json.loads(stop.read_text()) == {"cause": cause}
 
 
@@ -85,10 +85,23 @@ def test_a_second_interrupt_kills_and_a_second_sigterm_does_not(tmp_path: Path) 
     (tmp_path / "log").touch()
     with (tmp_path / "log").open("rb") as shown:
         killed = python("import time; time.sleep(600)")
-        agent.wait(killed, shown, [signal.SIGTERM, signal.SIGINT], tmp_path)
+        agent.wait(killed, shown, [signal.SIGTERM, signal.SIGINT], tmp_path, 1)
         spared = python("import time; time.sleep(0.5)")
-        agent.wait(spared, shown, [signal.SIGTERM, signal.SIGTERM], tmp_path)
+        agent.wait(spared, shown, [signal.SIGTERM, signal.SIGTERM], tmp_path, 1)
     assert killed.returncode == -signal.SIGKILL and spared.returncode == 0
+
+
+def test_peers_of_a_failed_rank_do_not_wait_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agent, "PEER_SECONDS", 0.2)
+    (tmp_path / "log").touch()
+    verdict = {"status": "failed", "attempt": 1}
+    (tmp_path / "verdict.json").write_text(json.dumps(verdict))
+    with (tmp_path / "log").open("rb") as shown:
+        of_an_earlier_attempt = python("import time; time.sleep(1)")
+        agent.wait(of_an_earlier_attempt, shown, [], tmp_path, 2)
+        stuck = python("import time; time.sleep(600)")
+        agent.wait(stuck, shown, [], tmp_path, 1)
+    assert of_an_earlier_attempt.returncode == 0 and stuck.returncode == -signal.SIGKILL
 
 
 def test_former_signal_handlers_come_back() -> None:
