@@ -87,3 +87,8 @@ def write_verdict(path: Path, verdict: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), int(os.environ.get("SYNTHOS_ATTEMPT", "1")))
+    # All is written and closed. A thread of torch's that is still alive can abort an ordinary exit ("terminate called
+    # without an active exception"), and torchrun would then end the other ranks in the middle of theirs.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
