@@ -1,39 +1,92 @@
-"""What one node does for a run: starts torchrun, shows its output, passes on the wish to stop, closes the ledger."""
+"""What one node does for a run: starts its ranks, shows their output, passes on the wish to stop, closes the ledger.
+
+On Slurm, srun starts one agent per node: python -m launch.agent RUN_DIR
+"""
 
 import codecs
+import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from launch import attempts
 from launch.compose import CHECKOUT
+from launch.place import Meeting, Place, announce, find_meeting, free_port, own_address, slurm_place
+from launch.render import tasks_per_node
+from launch.rundir import hold
 from launch.screen import Screen
-from synthos.schema import RunConfig, read_config
+from synthos.run import read_verdict
+from synthos.schema import JobConfig, read_job
+from synthos.train.torchrun import torchrun_flags
 
-CAUSES = {signal.SIGINT: "interrupt", signal.SIGTERM: "terminate"}
+CAUSES = {signal.SIGINT: "interrupt", signal.SIGTERM: "terminate", signal.SIGUSR2: "notice"}
 POLL_SECONDS = 0.1
-PEER_SECONDS = 30  # from the failure of one rank to the end of the others
+PEER_SECONDS = 10  # from the failure of one rank to the end of the others
+LOCK_SECONDS = 60  # a job may start before the command that submitted it has let go of the run
 SHUTDOWN_SECONDS = 600  # torchrun's patience with ranks that save after a signal; its own default is 30
 
 
-def run(folder: Path, keep_open: Sequence[int] = ()) -> int:
-    """Run one attempt of the run in `folder` on this machine and return its exit code.
+def task(folder: str) -> None:
+    """What submitit runs on each node; ends the process where the run has failed."""
+    if code := main(Path(folder)):
+        sys.exit(code)
 
-    The first Ctrl-C or SIGTERM asks the ranks to stop, by `control/stop`: they finish the step, save and leave. A
-    second Ctrl-C kills them. `keep_open` are file descriptors that torchrun inherits: with the run's lock among them,
-    the run stays locked should this process be killed while its ranks go on.
+
+def main(folder: Path) -> int:
+    """One task of a Slurm job, its part of an attempt of the run in `folder`: 0 if that is done or stopped, else 1 or 2.
+
+    The first task refuses an allocation that is not the one the run's config asks for.
     """
-    config = read_config(RunConfig, folder / "config.yaml")
-    command = torchrun(config, folder)
-    attempt = attempts.begin(folder, command)
-    log = attempts.attempt_folder(folder, attempt) / "node-0.log"
+    try:
+        config, place = read_job(folder / "config.yaml"), slurm_place(os.environ)
+        if not place.first:
+            return int(run(folder, place) == 1)
+        problems = allocation_problems(config, place, os.environ)
+        if problems:
+            raise ValueError("\n".join(problems))
+        with hold(folder, LOCK_SECONDS) as lock:
+            if lock is None:
+                raise ValueError(f"{folder} is running already")
+            (folder / "slurm" / "job").write_text(os.environ["SLURM_JOB_ID"])  # one that was submitted by hand
+            return int(run(folder, place, [lock.fileno()]) == 1)  # a run that was stopped is no failed job
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def allocation_problems(config: JobConfig, place: Place, environment: Mapping[str, str]) -> list[str]:
+    """A line for each way in which a job differs from the config that it is to run."""
+    compared = [("nodes", "nodes", place.nodes, config.nodes)]
+    compared += [("tasks per node", "ntasks-per-node", place.tasks, tasks_per_node(config))]
+    if config.cluster.gpu_flag:
+        gpus = int(environment.get("SLURM_GPUS_ON_NODE", "0"))
+        compared += [("gpus_per_node", config.cluster.gpu_flag, gpus, config.gpus_per_node)]
+    return [
+        f"{name}: the allocation has {found}, config.yaml of the run says {asked}; expected sbatch with "
+        f"--{flag}={'gpu:' if flag == 'gres' else ''}{asked}, or a new submission"
+        for name, flag, found, asked in compared
+        if found != asked
+    ]
+
+
+def run(folder: Path, place: Place | None = None, keep_open: Sequence[int] = ()) -> int:
+    """Run this node's part of one attempt of the run in `folder` and return its exit code.
+
+    The first Ctrl-C, SIGTERM or SIGUSR2 asks the ranks to stop, by `control/stop`: they finish the step, save and
+    leave. A second Ctrl-C kills them. `keep_open` are file descriptors that the ranks inherit: with the run's lock
+    among them, the run stays locked should this process be killed while its ranks go on.
+    """
+    config, place = read_job(folder / "config.yaml"), place or Place()
+    meeting, command = meet(folder, config, place)
+    name = f"node-{place.node}.log" if place.tasks == 1 else f"node-{place.node}.{place.task}.log"
+    log = attempts.attempt_folder(folder, meeting.attempt) / name
     with listen() as signals, log.open("wb") as output:
         # A session of its own: Ctrl-C on the terminal reaches this process only, and the ranks stop in step.
         process = subprocess.Popen(
@@ -41,38 +94,85 @@ def run(folder: Path, keep_open: Sequence[int] = ()) -> int:
             stdout=output,
             stderr=subprocess.STDOUT,
             cwd=CHECKOUT,
-            env=environment(config, attempt),
+            env=environment(config, place, meeting),
             start_new_session=True,
             pass_fds=keep_open,
         )
         with log.open("rb") as shown:
-            wait(process, shown, signals, folder / "control", attempt)
+            wait(process, shown, signals, folder / "control", meeting.attempt)
+    if place.first:
+        return close(folder, meeting.attempt, log)
+    verdict = read_verdict(folder / "control" / "verdict.json")  # torchrun returns 1 also where a signal ended it
+    return attempts.exit_code(verdict) if verdict.get("attempt") == meeting.attempt else process.returncode
+
+
+def meet(folder: Path, config: JobConfig, place: Place) -> tuple[Meeting, list[str]]:
+    """Open an attempt, or find the one that the first agent of this job has opened; also what to start here."""
+    if not place.first:
+        meeting = find_meeting(folder, place)
+        return meeting, ranks_command(config, folder, place, meeting)
+    host, port = ("localhost", 0) if place.alone else (own_address(os.environ), free_port())
+    meeting = Meeting(place.job, 0, host, port)
+    command = ranks_command(config, folder, place, meeting)
+    meeting = dataclasses.replace(meeting, attempt=attempts.begin(folder, command, place.job))
+    if not place.alone:
+        announce(folder, meeting)
+    return meeting, command
+
+
+def close(folder: Path, attempt: int, log: Path) -> int:
+    """Close the ledger of an attempt that has ended; returns its exit code."""
     verdict = attempts.end(folder, attempt)
     if verdict["status"] == "failed":
-        print(f"attempt {attempt} failed: {verdict['message']}\nlog: {log}", file=sys.stderr)
+        print(f"attempt {attempt} failed: {verdict['message']}\nlogs: {log.parent}", file=sys.stderr)
     return attempts.exit_code(verdict)
 
 
-def torchrun(config: RunConfig, folder: Path) -> list[str]:
-    """The command that starts one rank per device of this node."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return [*launcher, f"--nproc-per-node={config.gpus_per_node}", "-m", "synthos.run", str(folder)]
+def ranks_command(config: JobConfig, folder: Path, place: Place, meeting: Meeting) -> list[str]:
+    """The command that starts this agent's ranks: torchrun, or the one rank itself where there is no torchrun."""
+    rank = ["-m", "synthos.run", str(folder)]
+    if config.cluster.launcher == "srun":
+        return [sys.executable, *rank]
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={config.gpus_per_node}"]
+    if place.alone:
+        return [*launcher, *torchrun_flags(SHUTDOWN_SECONDS), "--standalone", *rank]
+    return [
+        *launcher,
+        *torchrun_flags(SHUTDOWN_SECONDS),
+        f"--nnodes={place.nodes}",
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint={meeting.host}:{meeting.port}",
+        f"--rdzv-id={place.job}",  # another one for each start: what is left of an earlier one can't join
+        f"--rdzv-conf=is_host={int(place.first)}",  # else each would compare host names
+        f"--local-addr={own_address(os.environ)}",
+        *rank,
+    ]
 
 
-def environment(config: RunConfig, attempt: int) -> dict[str, str]:
+def environment(config: JobConfig, place: Place, meeting: Meeting) -> dict[str, str]:
     """What the ranks inherit: this checkout before any installed one, and their share of the cores."""
-    return {
+    inherited = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")])),
         "PYTHONUNBUFFERED": "1",
-        "OMP_NUM_THREADS": str(config.cluster.threads or max(1, cores() // config.gpus_per_node)),
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_SECONDS),
-        "SYNTHOS_ATTEMPT": str(attempt),
+        "OMP_NUM_THREADS": str(config.cluster.threads or max(1, cores(place) * place.tasks // config.gpus_per_node)),
+        "SYNTHOS_ATTEMPT": str(meeting.attempt),
     }
+    if config.cluster.launcher == "srun":
+        inherited |= {
+            "RANK": str(place.node * place.tasks + place.task),
+            "LOCAL_RANK": str(place.task),
+            "WORLD_SIZE": str(place.nodes * place.tasks),
+            "MASTER_ADDR": meeting.host,
+            "MASTER_PORT": str(meeting.port),
+        }
+    return inherited
 
 
-def cores() -> int:
-    """CPU cores that this process may use."""
+def cores(place: Place) -> int:
+    """CPU cores that this agent and its ranks may use; Slurm need not bind processes to what it gave them."""
+    if place.job and "SLURM_CPUS_PER_TASK" in os.environ:
+        return int(os.environ["SLURM_CPUS_PER_TASK"])
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -146,3 +246,7 @@ def parents() -> Iterator[tuple[int, int]]:
     for entry in Path("/proc").glob("[0-9]*/stat"):
         with suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
             yield int(entry.parent.name), int(entry.read_text().rpartition(")")[2].split()[1])
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

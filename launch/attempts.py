@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from launch.compose import CHECKOUT
-from launch.rundir import git_facts, read_state, read_verdict
+from launch.rundir import git_facts, read_state
+from synthos.run import read_verdict
 
 EXIT_CODES = {"interrupt": 130, "terminate": 143}  # 128 + the signal's number, as shells have it
 
 
-def begin(folder: Path, command: list[str], checkout: Path = CHECKOUT) -> int:
-    """Open the next attempt, with the code it runs, and forget an old request to stop; returns the attempt's number."""
+def begin(folder: Path, command: list[str], job: str = "", checkout: Path = CHECKOUT) -> int:
+    """Open the next attempt, with the code it runs, and forget an old request to stop; returns the attempt's number.
+
+    `job` is Slurm's id of the job and its restart count, if there is one.
+    """
     (folder / "control" / "stop").unlink(missing_ok=True)
     number = read_state(folder).attempts + 1
     while not _claim(attempt_folder(folder, number)):
@@ -24,6 +28,7 @@ def begin(folder: Path, command: list[str], checkout: Path = CHECKOUT) -> int:
         "attempt": number,
         "host": socket.gethostname(),
         "pid": os.getpid(),
+        "job": job,
         "command": command,
         "commit": code["commit"],
         "changed": code["changed"],
@@ -36,7 +41,7 @@ def begin(folder: Path, command: list[str], checkout: Path = CHECKOUT) -> int:
 
 def end(folder: Path, number: int) -> dict[str, Any]:
     """Close an attempt with the verdict that its ranks left; one that left none has failed."""
-    verdict = read_verdict(folder)
+    verdict = read_verdict(folder / "control" / "verdict.json")
     if verdict.get("attempt") != number:
         message = "the processes ended without a verdict"
         verdict = {"status": "failed", "cause": "crash", "step": None, "attempt": number, "message": message}
@@ -64,7 +69,7 @@ def newest_record(folder: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a file that readers see whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.part")  # other nodes may write it too
     part.write_text(json.dumps(value, indent=1))
     part.replace(path)
 

@@ -1,18 +1,24 @@
-"""How a run starts: in this process, or under torchrun on this machine. `cluster.backend` names the function."""
+"""How a run starts: in this process, under torchrun on this machine, or by Slurm. `cluster.backend` names the function."""
 
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from launch import agent, attempts
-
-
-def start(backend: str, folder: Path, lock: IO[str]) -> int:
-    """Run one attempt with the back end called `backend`, while holding the run's `lock`; returns its exit code."""
-    return BACKENDS[backend](folder, lock)
+from launch import agent, attempts, render, slurm
+from synthos.schema import JobConfig
 
 
-def debug(folder: Path, lock: IO[str]) -> int:
+def start(config: JobConfig, folder: Path, lock: IO[str]) -> int:
+    """Run one attempt, or submit it, with the config's back end, while holding the run's `lock`.
+
+    Returns the exit code; a submission's is 0 once Slurm has taken the job, which is recorded in `slurm/job`.
+    """
+    return BACKENDS[config.cluster.backend](config, folder, lock)
+
+
+def debug(config: JobConfig, folder: Path, lock: IO[str]) -> int:
     """In this process, on one device: breakpoints work, and errors of the code raise."""
     import synthos.run
 
@@ -24,9 +30,53 @@ def debug(folder: Path, lock: IO[str]) -> int:
     return attempts.exit_code(verdict)
 
 
-def local(folder: Path, lock: IO[str]) -> int:
+def local(config: JobConfig, folder: Path, lock: IO[str]) -> int:
     """One rank per device of this machine."""
     return agent.run(folder, keep_open=[lock.fileno()])
 
 
-BACKENDS: dict[str, Callable[[Path, IO[str]], int]] = {"debug": debug, "local": local}
+def submitit(config: JobConfig, folder: Path, lock: IO[str]) -> int:
+    """A job of one agent per node, whose only argument is the run folder."""
+    from submitit.core.utils import FailedJobError
+
+    try:
+        job = executor(config, folder).submit(agent.task, str(folder))
+    except FailedJobError as error:
+        print(f"error: sbatch: {slurm.words(str(error))}", file=sys.stderr)
+        return 1
+    (folder / "slurm" / "job").write_text(job.job_id)
+    print(f"submitted job {job.job_id} of {folder}")
+    print(f"follow it: the same command with follow=true, or tail -F {render.output(folder, job.job_id)}")
+    print(f"stop it:   touch {folder / 'control' / 'stop'}")
+    return 0
+
+
+def executor(config: JobConfig, folder: Path) -> Any:
+    """submitit's executor, with the script that a dry run shows and a clean environment around sbatch."""
+    from submitit import SlurmExecutor
+
+    class Executor(SlurmExecutor):  # type: ignore[misc]
+        def _make_submission_file_text(self, command: str, uid: str) -> str:
+            return render.batch_script(config, folder)
+
+        def _make_submission_command(self, submission_file_path: Path) -> list[str]:
+            return [*render.clean(config.cluster, os.environ), "sbatch", str(submission_file_path)]
+
+    return Executor(folder / "slurm")
+
+
+def sbatch(config: JobConfig, folder: Path, lock: IO[str]) -> int:
+    """Nothing but the line to type: for sites where submitit is not wanted."""
+    (folder / "slurm").mkdir(exist_ok=True)
+    (folder / "slurm" / "job.sh").write_text(render.job_file(config))
+    print(f"prepared {folder}; start it with\n{render.sbatch_line(config, folder, os.environ)}")
+    return 0
+
+
+BACKENDS: dict[str, Callable[[JobConfig, Path, IO[str]], int]] = {
+    "debug": debug,
+    "local": local,
+    "submitit": submitit,
+    "sbatch": sbatch,
+}
+

@@ -9,7 +9,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from synthos.schema import RunConfig
+from launch.render import OWN_KEYS
+from synthos.schema import JobConfig, RunConfig
 
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
 FILE_NAME_WORDS = "letters, digits and . _ + = - (it becomes a file name), a letter or digit first"
@@ -18,7 +19,7 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "nodes gpus_per_node batch.size batch.micro data.height data.width data.window data.lanes optim.lr "
         "optim.lr_groups optim.eps optim.steps optim.epochs optim.clip optim.decay_steps validate.every "
-        "checkpoint.every checkpoint.keep_last cluster.threads",
+        "checkpoint.every checkpoint.keep_last cluster.threads cluster.gpu_memory_gb",
         lambda value: 0 < value < math.inf,
         "above 0",
     ),
@@ -51,6 +52,7 @@ def value_problems(config: RunConfig, recipe: Any, recipe_config: Any) -> list[s
         *_held_out(config),
         *_validation(config),
         *_ranks(config),
+        *cluster_problems(config),
     ]
 
 
@@ -194,10 +196,56 @@ def _ranks(config: RunConfig) -> Iterator[str]:
         yield "mesh: hybrid needs nodes above 1; expected auto, replicate or full"
 
 
-def machine_problems(config: RunConfig) -> Iterator[str]:
-    """What the chosen back end needs and this machine has not: no obstacle to a dry run, which plans for another."""
+def cluster_problems(config: JobConfig) -> Iterator[str]:
+    """What is wrong with the `cluster` group."""
+    cluster = config.cluster
+    if cluster.backend in ("debug", "local"):
+        fields = [f for f in dataclasses.fields(cluster) if _default(f) is not dataclasses.MISSING]
+        for field in fields:
+            if (value := getattr(cluster, field.name)) != _default(field):
+                yield f"cluster.{field.name}: {value!r} has no effect with cluster.backend={cluster.backend}"
+        return
+    for key in cluster.sbatch:
+        if key in OWN_KEYS or key == cluster.gpu_flag:
+            yield f"cluster.sbatch.{key}: expected {OWN_KEYS.get(key, 'gpus_per_node')} instead, or the plan would not know"
+    if cluster.gpu_type and not cluster.gpu_flag:
+        yield f"cluster.gpu_type: {cluster.gpu_type} has no effect with cluster.gpu_flag=null"
+    if cluster.time is None:
+        return
+    seconds = limit_seconds(cluster.time)
+    if seconds is None:
+        yield f"cluster.time: {cluster.time!r} is not allowed; expected D-HH:MM:SS, HH:MM:SS, MM:SS or minutes"
+    elif seconds <= cluster.notice_seconds:
+        yield (
+            f"cluster.notice_seconds: {cluster.notice_seconds} is not below cluster.time {cluster.time}; "
+            "the run would be told to stop as soon as it starts"
+        )
+
+
+def limit_seconds(time: str) -> int | None:
+    """Seconds of a Slurm time limit (man sbatch, --time); None for what is none."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
+    if not match:
+        return None
+    days, *parts = match.groups()
+    numbers = [int(part) for part in parts if part is not None]
+    if days is None and len(numbers) < 3:  # minutes, minutes:seconds
+        numbers = [0, *numbers]
+    hours, minutes, seconds = [*numbers, 0, 0][:3]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    made = field.default_factory
+    return field.default if made is dataclasses.MISSING else made()
+
+
+def machine_problems(config: JobConfig) -> Iterator[str]:
+    """What a run on this machine needs and it has not: no obstacle to a dry run, which plans for another."""
     import torch
 
+    if config.cluster.backend not in ("debug", "local"):
+        return
     ranks, device = config.ranks, config.cluster.device
     if config.nodes > 1:
         yield f"nodes: {config.nodes} are more than cluster={config.cluster.name} has, this one machine"

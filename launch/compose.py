@@ -4,6 +4,7 @@ Only here does Hydra run: it writes nothing, and a rank never composes again.
 """
 
 import dataclasses
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +25,19 @@ CONFIGS = CHECKOUT / "configs"
 
 @dataclass(frozen=True)
 class Composed:
-    """What one command line asks for."""
+    """What one command line asks for.
+
+    Attributes:
+        config: of the run.
+        dry_run: only print the plan.
+        full: and build the model for it, without weights.
+        follow: after submitting, show the run until it ends.
+    """
 
     config: RunConfig
     dry_run: bool
+    full: bool
+    follow: bool
 
 
 def compose(arguments: Sequence[str], config_dir: Path = CONFIGS) -> Composed:
@@ -44,15 +54,18 @@ def compose(arguments: Sequence[str], config_dir: Path = CONFIGS) -> Composed:
         problems.append(_missing_choice("recipe", known))
     if problems:
         raise ValueError("\n".join(problems))
-    plain = _finish(_compose(overrides, config_dir))
+    plain = _compose_for_here(overrides, config_dir)
     # The schema would only say that a group is missing, not what may be chosen.
     problems = [_missing_choice(group, known) for group in known if group not in plain]
-    dry_run = plain.pop("dry_run", None)
-    if not isinstance(dry_run, bool):
-        problems.append(f"dry_run: {dry_run!r} is not allowed; expected true or false")
+    dry_run, follow = plain.pop("dry_run", None), plain.pop("follow", None)
+    if not isinstance(dry_run, bool) and dry_run != "full":
+        problems.append(f"dry_run: {dry_run!r} is not allowed; expected true, false or full")
+    if not isinstance(follow, bool):
+        problems.append(f"follow: {follow!r} is not allowed; expected true or false")
     if problems:
         raise ValueError("\n".join(problems))
-    return Composed(_anchor(load(RunConfig, plain), Path.cwd()), dry_run)
+    config = _anchor(load(RunConfig, plain), Path.cwd())
+    return Composed(config, dry_run=bool(dry_run), full=dry_run == "full", follow=bool(follow))
 
 
 def choices(config_dir: Path = CONFIGS) -> dict[str, list[str]]:
@@ -98,6 +111,15 @@ def _override_problems(override: Override, known: Mapping[str, list[str]], optio
 
 def _missing_choice(group: str, known: Mapping[str, list[str]]) -> str:
     return f"{group}: missing; choose one with {group}=<name>, known: {', '.join(known.get(group, []))}"
+
+
+def _compose_for_here(overrides: list[Override], config_dir: Path) -> dict[str, Any]:
+    """The composed values. Where nobody chose a cluster, it is Slurm if there is one here or if one node won't do."""
+    composed = _compose(overrides, config_dir)
+    by_default = "cluster" not in {o.key_or_group for o in overrides} and composed.hydra.runtime.choices.cluster == "local"
+    if by_default and (shutil.which("sbatch") or composed.get("nodes") not in (None, 1)):
+        composed = _compose([*overrides, _parse("cluster=slurm")], config_dir)
+    return _finish(composed)
 
 
 def _compose(overrides: list[Override], config_dir: Path) -> DictConfig:

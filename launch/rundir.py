@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from launch.requests import picture_fields
+from synthos.run import read_verdict
 from synthos.schema import RunConfig, write_config
 from synthos.train.checkpoint import is_whole
 
@@ -57,21 +59,14 @@ def read_state(folder: Path) -> RunState:
         exists=(folder / "config.yaml").is_file(),
         attempts=len(list((folder / "attempts").glob("[0-9]*"))),
         step=checkpoints[-1] if checkpoints else None,
-        verdict=read_verdict(folder),
+        verdict=read_verdict(folder / "control" / "verdict.json"),
         weights=weights[-1] if weights else None,
     )
 
 
-def read_verdict(folder: Path) -> dict[str, Any]:
-    """The newest verdict, empty where there is none."""
-    path = folder / "control" / "verdict.json"
-    verdict: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    return verdict
-
-
 @contextmanager
-def hold(folder: Path) -> Iterator[IO[str] | None]:
-    """Hold the run as its only live process; None where another process of this machine holds it.
+def hold(folder: Path, patience_seconds: float = 0) -> Iterator[IO[str] | None]:
+    """Hold the run as its only live process; None where another one holds it, still after `patience_seconds`.
 
     The lock is the kernel's: it goes with the last process that has the file open, however that process ends. Raises
     ValueError where the folder can't be made, or lies on a file system without locks.
@@ -83,7 +78,10 @@ def hold(folder: Path) -> Iterator[IO[str] | None]:
     except OSError as error:
         raise _unlockable(path, error) from None
     with file:
-        yield file if _lock(file) else None
+        deadline = time.monotonic() + patience_seconds
+        while not (locked := _lock(file)) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        yield file if locked else None
 
 
 def _lock(file: IO[str]) -> bool:

@@ -1,4 +1,4 @@
-"""Entry of every rank: frozen config -> objects -> training -> verdict.
+"""Entry of every rank: frozen config -> objects -> its stage -> verdict.
 
 torchrun ... -m synthos.run RUN_DIR
 """
@@ -6,13 +6,14 @@ torchrun ... -m synthos.run RUN_DIR
 import json
 import logging
 import os
+import socket
 import sys
 import traceback
 import warnings
 from pathlib import Path
 from typing import Any
 
-from synthos.schema import RunConfig, read_config
+from synthos.schema import GenerateConfig, RunConfig, read_job
 
 
 def main(run_dir: Path, attempt: int) -> dict[str, Any]:
@@ -21,6 +22,7 @@ def main(run_dir: Path, attempt: int) -> dict[str, Any]:
     An error of any rank is written as the verdict too, and raised.
     """
     from synthos.build import build_job
+    from synthos.generate_job import generate
     from synthos.train.distributed import open_world
     from synthos.train.loop import train
     from synthos.train.stop import Stop
@@ -28,7 +30,8 @@ def main(run_dir: Path, attempt: int) -> dict[str, Any]:
     # Wan returns a view; its output is cast or compared, never written to, so FSDP2's advice does not apply.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     run_dir = run_dir.resolve()
-    config = read_config(RunConfig, run_dir / "config.yaml")
+    config = read_job(run_dir / "config.yaml")
+    assert isinstance(config, RunConfig | GenerateConfig)
     rank = int(os.environ.get("RANK", "0"))
     handler = _open_log(run_dir / "attempts" / f"{attempt:04d}" / f"rank-{rank:05d}.log")
     verdict: dict[str, Any] = {"status": "failed", "cause": "error", "step": None}
@@ -36,13 +39,16 @@ def main(run_dir: Path, attempt: int) -> dict[str, Any]:
     try:
         world = open_world(config)
         with Stop(run_dir / "control" / "stop", world) as stop:
-            job = build_job(config, run_dir, world, stop, attempt)
-            report = job.report
-            verdict = train(job)
-            job.stream.close()
+            if isinstance(config, GenerateConfig):
+                verdict = generate(config, run_dir, world, stop, attempt)
+            else:
+                job = build_job(config, run_dir, world, stop, attempt)
+                report = job.report
+                verdict = train(job)
+                job.stream.close()
             world.barrier()
     finally:
-        verdict = {**verdict, "attempt": attempt, "message": _error()}
+        verdict = {**verdict, "attempt": attempt, "rank": rank, "message": _error()}
         if rank == 0 or verdict["status"] == "failed":
             write_verdict(run_dir / "control" / "verdict.json", verdict)
         if report:  # after the verdict: W&B may take its time, or fail
@@ -75,20 +81,39 @@ def _open_log(path: Path) -> logging.Handler:
 
 def write_verdict(path: Path, verdict: dict[str, Any]) -> None:
     """Write how an attempt ended. Of several ranks that fail, the first tells why: the others lost their peers."""
-    if verdict["status"] == "failed" and path.exists():
-        told = json.loads(path.read_text())
-        if (told["attempt"], told["status"]) == (verdict["attempt"], "failed"):
-            return
+    told = read_verdict(path)
+    if verdict["status"] == "failed" and (told.get("attempt"), told.get("status")) == (verdict["attempt"], "failed"):
+        return
     path.parent.mkdir(exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
+    part = path.with_suffix(f".{socket.gethostname()}-{os.getpid()}.part")  # ranks of other nodes write here too
     part.write_text(json.dumps(verdict, indent=1))
     part.replace(path)
 
 
+def read_verdict(path: Path) -> dict[str, Any]:
+    """The newest verdict of a run, empty where there is none."""
+    verdict: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return verdict
+
+
+def _run_as_command(run_dir: Path, attempt: int) -> int:
+    """Run, and return the exit code. Of several ranks that fail, only the first to say so prints its traceback."""
+    try:
+        main(run_dir, attempt)
+    except Exception:
+        rank, told = int(os.environ.get("RANK", "0")), read_verdict(run_dir / "control" / "verdict.json")
+        if told.get("attempt") != attempt or told["status"] != "failed" or told["rank"] == rank:
+            traceback.print_exc()
+        else:
+            print(f"rank {rank} ends, because rank {told['rank']} has failed", file=sys.stderr)
+        return 1
+    return 0
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(os.environ.get("SYNTHOS_ATTEMPT", "1")))
+    code = _run_as_command(Path(sys.argv[1]), int(os.environ.get("SYNTHOS_ATTEMPT", "1")))
     # All is written and closed. A thread of torch's that is still alive can abort an ordinary exit ("terminate called
     # without an active exception"), and torchrun would then end the other ranks in the middle of theirs.
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)

@@ -103,23 +103,53 @@ class WandbConfig:
 
 @dataclass(frozen=True)
 class ClusterConfig:
+    """A site, and how jobs start there. Everything from `launcher` on is for Slurm."""
+
     name: str
-    backend: Literal["debug", "local"]
+    backend: Literal["debug", "local", "submitit", "sbatch"]
     device: Literal["auto", "cpu", "cuda"]
     threads: int | None  # intra-op CPU threads per rank; default: the machine's cores divided by its ranks
+    launcher: Literal["torchrun", "srun"] = "torchrun"  # one agent per node and its torchrun, or one task per rank
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    gpu_flag: Literal["gpus-per-node", "gres"] | None = None  # how a node's GPUs are asked for; null: not at all
+    gpu_type: str | None = None  # as in --gpus-per-node=h200:8
+    cpus_per_rank: int | None = None
+    mem: str | None = None  # of a node, as in 200G; "0" is all of it
+    time: str | None = None  # limit, D-HH:MM:SS or HH:MM:SS; in quotes, or YAML reads a number
+    notice_seconds: int = 300  # between SIGUSR2 and the limit: in which a run saves
+    python: str | None = None  # interpreter on the nodes; default: the one that submits
+    environment: list[str] = dataclasses.field(default_factory=list)  # further variables that travel with a job
+    setup: list[str] = dataclasses.field(default_factory=list)  # shell lines before the job's command
+    sbatch: dict[str, Any] = dataclasses.field(default_factory=dict)  # further flags; null removes one of ours
 
 
 @dataclass(frozen=True)
-class RunConfig:
-    """Everything one run is made of; frozen in its folder as config.yaml."""
+class JobConfig:
+    """What every stage has: where it runs, and the folder that it is told in."""
 
+    stage: Literal["train", "generate"]
     name: str
     group: str
     nodes: int
     gpus_per_node: int
-    seed: int
     runs_dir: str
     cache_dir: str  # built-in data sets and tiny models
+    cluster: ClusterConfig
+
+    @property
+    def ranks(self) -> int:
+        """Data ranks: every rank of the job works on its own share."""
+        return self.nodes * self.gpus_per_node
+
+
+@dataclass(frozen=True)
+class RunConfig(JobConfig):
+    """Everything one training run is made of; frozen in its folder as config.yaml."""
+
+    seed: int
     mesh: Literal["auto", "replicate", "hybrid", "full"]
     precision: Literal["bf16", "fp32"]  # of the computation; trained weights are always fp32
     activation_checkpointing: bool
@@ -131,14 +161,8 @@ class RunConfig:
     validate: ValidateConfig
     checkpoint: CheckpointConfig
     wandb: WandbConfig
-    cluster: ClusterConfig
     recipe: dict[str, Any]  # `name`, and the fields of the recipe's Config
     experiment: str | None
-
-    @property
-    def ranks(self) -> int:
-        """Data ranks: every rank of the job reads its own share of each global batch."""
-        return self.nodes * self.gpus_per_node
 
     @property
     def accumulation(self) -> int:

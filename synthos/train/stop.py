@@ -11,8 +11,12 @@ import torch.distributed as dist
 
 from synthos.train.distributed import World
 
-CAUSES = ("", "stop", "interrupt", "terminate")  # of rising rank; an index travels between ranks
-SIGNALS = {signal.SIGINT: "interrupt", signal.SIGTERM: "terminate"}
+CAUSES = ("", "stop", "notice", "interrupt", "terminate")  # of rising rank; an index travels between ranks
+SIGNALS = {  # SIGUSR2 is Slurm's notice of the time limit, and on some sites of preemption
+    signal.SIGINT: "interrupt",
+    signal.SIGTERM: "terminate",
+    signal.SIGUSR2: "notice",
+}
 
 
 class Stop:

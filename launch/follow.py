@@ -1,0 +1,51 @@
+"""A submitted run as it goes: what its job prints, its progress, and how it ended."""
+
+import codecs
+import sys
+import time
+from pathlib import Path
+
+from launch import attempts, render, slurm
+from launch.rundir import read_state
+from launch.screen import Screen
+
+POLL_SECONDS = 0.5
+QUEUE_SECONDS = 5  # between two questions to Slurm
+
+
+def follow(folder: Path, job: str) -> int:
+    """Show the job until it leaves the queue; returns the run's exit code. Ctrl-C ends the showing, not the job."""
+    try:
+        _show(folder, job)
+    except KeyboardInterrupt:
+        print(f"\njob {job} goes on; stop the run with: touch {folder / 'control' / 'stop'}", file=sys.stderr)
+        return 0
+    verdict = read_state(folder).verdict
+    record = attempts.newest_record(folder)
+    if not record.get("job", "").startswith(f"{job}.") or verdict.get("attempt") != record["attempt"]:
+        print(f"job {job} left the queue without a verdict; see {folder / 'slurm'}", file=sys.stderr)
+        return 1
+    print(f"job {job}: {verdict['status']} at step {verdict['step']}")
+    return attempts.exit_code(verdict)
+
+
+def _show(folder: Path, job: str) -> None:
+    """Print the job's output as it grows, and what the queue says whenever that changes."""
+    log = render.output(folder, job)
+    screen, decoder = Screen(folder / "control" / "heartbeat.json"), codecs.getincrementaldecoder("utf-8")("replace")
+    shown, asked, said = 0, float("-inf"), ""
+    while True:
+        queued = True
+        if time.monotonic() - asked > QUEUE_SECONDS:
+            found, asked = slurm.queued(job), time.monotonic()
+            queued, state = found is not None, f"job {job}: {found.state} ({found.detail})\n" if found else ""
+            if state and state != said:
+                said = state
+                screen.show(state)
+        text = log.read_bytes()[shown:] if log.exists() else b""
+        shown += len(text)
+        screen.show(decoder.decode(text))
+        if not queued:
+            screen.close()
+            return
+        time.sleep(POLL_SECONDS)

@@ -1,0 +1,138 @@
+"""What Slurm is told of a job: flags, the batch script for submitit, and the line for sbatch by hand. All of it pure."""
+
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from launch.compose import CHECKOUT
+from synthos.schema import ClusterConfig, JobConfig
+
+Flags = dict[str, str]  # long name -> value; empty for a bare flag
+OWN_KEYS = {  # flags that have a key of their own
+    "nodes": "nodes",
+    "ntasks-per-node": "gpus_per_node",
+    "partition": "cluster.partition",
+    "account": "cluster.account",
+    "qos": "cluster.qos",
+    "constraint": "cluster.constraint",
+    "gpus-per-node": "gpus_per_node and cluster.gpu_type",
+    "cpus-per-task": "cluster.cpus_per_rank",
+    "mem": "cluster.mem",
+    "time": "cluster.time",
+}
+TRAVELS = (  # variables of the submitting shell that a job may need and that hold no secret
+    "HOME USER LOGNAME SHELL PATH LANG LC_ALL LC_CTYPE TZ TMPDIR LD_LIBRARY_PATH MODULEPATH MODULESHOME LMOD_CMD "
+    "LMOD_DIR LMOD_PKG BASH_ENV CUDA_HOME CUDA_PATH VIRTUAL_ENV CONDA_PREFIX CONDA_DEFAULT_ENV XDG_CACHE_HOME HF_HOME "
+    "HF_HUB_CACHE HF_HUB_OFFLINE TORCH_HOME SSL_CERT_FILE SSL_CERT_DIR REQUESTS_CA_BUNDLE SLURM_CONF"
+).split()
+
+
+def flags(config: JobConfig, folder: Path) -> Flags:
+    """Every sbatch flag of a job whose run folder is `folder`; `cluster.sbatch` has the last word."""
+    cluster = config.cluster
+    ours: dict[str, str | None] = {
+        "job-name": folder.name,
+        "partition": cluster.partition,
+        "account": cluster.account,
+        "qos": cluster.qos,
+        "constraint": cluster.constraint,
+        "nodes": str(config.nodes),
+        "ntasks-per-node": str(tasks_per_node(config)),
+        **_gpus(config),
+        "cpus-per-task": str(cpus) if (cpus := cpus_per_task(config)) else None,
+        "mem": cluster.mem,
+        "time": cluster.time,
+        "signal": f"USR2@{cluster.notice_seconds}",
+        "requeue": "",  # after the failure of a node
+        "chdir": str(CHECKOUT),
+        "output": str(output(folder)),
+        "open-mode": "append",
+    }
+    ours |= {key: _text(value) for key, value in cluster.sbatch.items()}
+    return {key: value for key, value in ours.items() if value is not None}
+
+
+def tasks_per_node(config: JobConfig) -> int:
+    """One agent, or one task per rank where torchrun may not be used."""
+    return config.gpus_per_node if config.cluster.launcher == "srun" else 1
+
+
+def cpus_per_task(config: JobConfig) -> int | None:
+    """Cores of one task; None: the site's default."""
+    each = config.cluster.cpus_per_rank
+    return None if each is None else each * config.gpus_per_node // tasks_per_node(config)
+
+
+def output(folder: Path, job: str = "%j") -> Path:
+    """What a job prints; Slurm puts its id for %j."""
+    return folder / "slurm" / f"{job}.out"
+
+
+def batch_script(config: JobConfig, folder: Path) -> str:
+    """The script that submitit submits: its job, the agent with the run folder, is pickled in the folder `slurm`."""
+    lines = [f"#SBATCH {_flag(key, value and shlex.quote(value))}" for key, value in sorted(flags(config, folder).items())]
+    setup = ["", *config.cluster.setup] if config.cluster.setup else []
+    command = [*srun(config), python(config.cluster), "-u", "-m", "submitit.core._submit", str(folder / "slurm")]
+    return "\n".join(["#!/bin/bash", *lines, *setup, "", "export SUBMITIT_EXECUTOR=slurm", shlex.join(command), ""])
+
+
+def sbatch_line(config: JobConfig, folder: Path, environment: Mapping[str, str]) -> str:
+    """The whole line to type where submitit is not used. It starts `slurm/train.sbatch`, in a clean environment."""
+    names = [f'{name}="${name}"' for name in travelling(config.cluster, environment)]
+    return " ".join(["env -i", *names, shlex.join(sbatch(config, folder))])
+
+
+def sbatch(config: JobConfig, folder: Path) -> list[str]:
+    """The sbatch command that starts `slurm/train.sbatch`."""
+    given = [_flag(key, value) for key, value in flags(config, folder).items()]
+    return ["sbatch", *given, str(CHECKOUT / "slurm" / "train.sbatch"), str(folder)]
+
+
+def job_file(config: JobConfig) -> str:
+    """What `slurm/train.sbatch` reads in the run folder: the set-up lines, the interpreter and srun's flags."""
+    cluster = config.cluster
+    lines = [*cluster.setup, f"cd {shlex.quote(str(CHECKOUT))}", f"SRUN=({shlex.join(srun(config))})"]
+    return "\n".join([*lines, f"PYTHON={shlex.quote(python(cluster))}", ""])
+
+
+def srun(config: JobConfig) -> list[str]:
+    """srun without its command. Since Slurm 22.05 it does not inherit sbatch's --cpus-per-task.
+
+    Not --unbuffered: it gives every task a terminal, for which progress bars would be drawn into the log.
+    """
+    cpus = cpus_per_task(config)
+    repeated = [f"--cpus-per-task={cpus}"] if cpus else []
+    return ["srun", "--kill-on-bad-exit=1", *repeated]
+
+
+def clean(cluster: ClusterConfig, environment: Mapping[str, str]) -> list[str]:
+    """`env -i` with what may travel: no secret, and nothing of a job that this shell itself is part of."""
+    return ["env", "-i", *(f"{name}={environment[name]}" for name in travelling(cluster, environment))]
+
+
+def travelling(cluster: ClusterConfig, environment: Mapping[str, str]) -> list[str]:
+    """The variables of `environment` that a job gets."""
+    return [name for name in dict.fromkeys([*TRAVELS, *cluster.environment]) if name in environment]
+
+
+def python(cluster: ClusterConfig) -> str:
+    return cluster.python or sys.executable
+
+
+def _gpus(config: JobConfig) -> dict[str, str | None]:
+    cluster = config.cluster
+    if cluster.gpu_flag is None:
+        return {}
+    kind = f"{cluster.gpu_type}:" if cluster.gpu_type else ""
+    return {cluster.gpu_flag: f"{'gpu:' if cluster.gpu_flag == 'gres' else ''}{kind}{config.gpus_per_node}"}
+
+
+def _flag(key: str, value: str) -> str:
+    return f"--{key}={value}" if value else f"--{key}"
+
+
+def _text(value: object) -> str | None:
+    if value is None or value is False:
+        return None
+    return "" if value is True else str(value)

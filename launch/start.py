@@ -1,0 +1,48 @@
+"""From a plan to a run: the folder is held and opened, and the back end starts it. The same for every stage."""
+
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+from launch import backends, slurm
+from launch.attempts import newest_record
+from launch.follow import follow
+from launch.rundir import hold, read_state
+from synthos.schema import JobConfig
+
+
+def start(config: JobConfig, folder: Path, prepare: Callable[[], None], following: bool) -> int:
+    """Run or submit the job of `folder`, unless that is done or under way already; returns the exit code.
+
+    Args:
+        config: of the job.
+        folder: its run folder, which need not exist.
+        prepare: writes the folder; called while it is held, and only if something is to be started.
+        following: show a submitted job until it ends.
+    """
+    with ExitStack() as stack:
+        try:
+            lock = stack.enter_context(hold(folder))
+        except ValueError as error:  # the one fault of the user that only trying tells
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        queued = slurm.newest_job(folder)
+        if queued:
+            print(f"{folder} has job {queued.job} already, {queued.state} ({queued.detail})", file=sys.stderr)
+        elif lock is None:
+            record = newest_record(folder)
+            by = f" (attempt {record['attempt']} on {record['host']}, process {record['pid']})" if record else ""
+            print(f"{folder} is running already{by}", file=sys.stderr)
+        else:
+            state = read_state(folder)  # again: now nobody else can change it
+            if state.done:
+                print(f"{folder} is done" + (f"; its weights are in {state.weights}" if state.weights else ""))
+                return 0
+            prepare()
+            code = backends.start(config, folder, lock)
+            if code or not following:
+                return code
+    if following and (folder / "slurm" / "job").is_file():  # the lock is free for the job now
+        return follow(folder, (folder / "slurm" / "job").read_text())
+    return 1
