@@ -8,7 +8,8 @@ from synthos.schema import unknown
 
 VERBS = {  # verb -> ("module:function", what it does)
     "submit": ("launch.commands.submit:main", "train a recipe; the same command again continues the run"),
-    "generate": ("synthos.generate:main", "make pictures with exported weights"),
+    "generate": ("launch.commands.generate:main", "make pictures with trained weights"),
+    "weights export": ("launch.commands.weights:main", "write a trained projector in the original Wan2.1 naming"),
     "data write": ("synthos.data.commands.write:main", "write a folder of pictures and captions as shards"),
 }
 

@@ -9,7 +9,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from synthos.schema import PartConfig, RunConfig, dump
+from synthos.models.exported import ABOUT_FILE, NULL_FILE
+from synthos.models.initial import find
+from synthos.schema import GenerateConfig, PartConfig, RunConfig, dump
 
 LEFT_OUT = (
     "cluster",
@@ -17,6 +19,7 @@ LEFT_OUT = (
     "gpus_per_node",
     "batch.micro",
     "mesh",
+    "encoders",
     "activation_checkpointing",
     "data.workers",
     "wandb",
@@ -25,6 +28,7 @@ LEFT_OUT = (
     "data.shards",  # their content enters as the data's fingerprint
     "data.validation",
 )
+GENERATION_LEFT_OUT = ("cluster", "nodes", "gpus_per_node", "micro", "runs_dir", "cache_dir")
 WHOLE_BELOW = 64 * 2**20  # bytes; of larger files only the name, the size and a safetensors header are read
 
 
@@ -40,10 +44,46 @@ def sig8(config: RunConfig, fingerprint: str) -> str:
         _remove(plain, key)
     plain["data"]["fingerprint"] = fingerprint
     plain["model"]["parts"] = {name: _part(part) for name, part in config.model.parts.items()}
+    plain["init_from"] = _weights(config.init_from)
     requests = plain["validate"]["requests"] or []
     plain["validate"]["requests"] = [{k: _picture(v) for k, v in request.items()} for request in requests]
-    text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+    return _hash8(plain)
+
+
+def sig8_of_generation(config: GenerateConfig) -> str:
+    """8 hex digits of the hash of a generation whose requests are loaded; as `sig8`."""
+    plain = dump(config)
+    for key in GENERATION_LEFT_OUT:
+        _remove(plain, key)
+    plain["weights"] = _trained(Path(config.weights))
+    plain["requests"] = [{k: _picture(v) for k, v in request.items()} for request in plain["requests"]]
+    return _hash8(plain)
+
+
+def _trained(path: Path) -> dict[str, str]:
+    """Weights that one of our runs trained. Others of the same network differ in nothing but numbers: these are read.
+
+    A checkpoint is told by its run's name too, which ends in the run's own signature.
+    """
+    files = sorted(path.rglob("*")) if path.is_dir() else [path, path.parent / ABOUT_FILE, path.parent / NULL_FILE]
+    digest = hashlib.sha256()
+    for file in (file for file in files if file.is_file()):
+        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+        digest.update(hashlib.sha256(_sampled(file)).digest())
+    return {"run": path.parents[1].name if path.is_dir() else "", "content": digest.hexdigest()}
+
+
+def _sampled(file: Path) -> bytes:
+    """A file's content, and of a large one 64 blocks of 64 KiB, spread over it."""
+    size = file.stat().st_size
+    if size < WHOLE_BELOW:
+        return file.read_bytes()
+    with file.open("rb") as stream:
+        blocks = []
+        for index in range(64):
+            stream.seek((size - 2**16) * index // 63)
+            blocks.append(stream.read(2**16))
+    return b"".join(blocks)
 
 
 def digest_folder(folder: Path) -> str:
@@ -76,11 +116,26 @@ def _part(part: PartConfig) -> dict[str, Any]:
     return {"path": part.path, "subfolder": part.subfolder, "revision": part.revision}
 
 
+def _weights(init_from: str | None) -> Any:
+    """Weights by their content, where they are on this machine."""
+    path = find(init_from) if init_from else None
+    if path is None:
+        return init_from
+    if path.is_dir():
+        return {"content": digest_folder(path)}
+    return {"bytes": path.stat().st_size, "content": hashlib.sha256(_content(path)).hexdigest()}
+
+
 def _picture(value: Any) -> Any:
     """A request's picture file by its content, anything else as it is."""
     if isinstance(value, str) and Path(value).is_absolute() and Path(value).is_file():
         return hashlib.sha256(Path(value).read_bytes()).hexdigest()
     return value
+
+
+def _hash8(plain: dict[str, Any]) -> str:
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def _remove(plain: dict[str, Any], key: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from synthos.data.check import DataFacts, facts
+from synthos.models import initial
 from synthos.models.parts import missing
 from synthos.schema import DataConfig, RunConfig
 
@@ -29,9 +30,10 @@ class Survey:
 def survey(config: RunConfig, recipe: Any, dry_run: bool, absent: Sequence[str] = ()) -> Survey:
     """Look at weights and data. Unless it is a dry run, a built-in data set is written and absent indexes are built.
 
-    `absent` are further lines of what is missing. Raises ValueError for samples that the recipe can't read.
+    `absent` are further lines of what is missing. Raises ValueError for samples that the recipe can't read,
+    and for weights to start from that do not belong to it.
     """
-    absent = [*absent, *missing(config.model)]
+    absent = [*absent, *missing(config.model), *initial.missing(config)]
     unwritten = _unwritten(config.data)
     if unwritten:
         _check_home(config)

@@ -50,7 +50,7 @@ def image_width(models: Models) -> int:
 def zero_tokens(encoder: Any) -> Tensor:
     """All-zero tokens in the shape of one picture's, [1, N, D]: the null image."""
     weight = encoder.embeddings.position_embedding.weight  # [N, D]
-    return torch.zeros_like(weight).unsqueeze(0)
+    return torch.zeros(1, *weight.shape, dtype=weight.dtype, device=weight.device)  # plain, though weight be sharded
 
 
 @torch.no_grad()

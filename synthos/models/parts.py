@@ -5,6 +5,7 @@ are real), and `Models.tensors` says where each of them comes from. `train/distr
 """
 
 import dataclasses
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,23 @@ from synthos.models.meta import construct, meta_parameters, to_meta
 from synthos.models.tensors import WEIGHTS, Tensors, match_tensors, read_json
 from synthos.models.tiny import Tiny, tiny_folder
 from synthos.schema import ModelConfig, PartConfig, unknown
+
+Adopt = Callable[[Collection[str]], dict[str, str]]  # names in a file -> {parameter: its name in the file}
+
+
+@dataclass
+class Added:
+    """What a module has besides, or instead of, the tensors in its part's files.
+
+    Attributes:
+        names: the parameters that those files do not give.
+        adopt: which of its parameters weights of another origin give; None: no such weights are known.
+        waiting: parameters that only other weights can give, each with what to do about it.
+    """
+
+    names: set[str] = field(default_factory=set)
+    adopt: Adopt | None = None
+    waiting: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -34,6 +52,7 @@ class Models:
     seed: int = 0
     _tensors: dict[int, Tensors] = field(default_factory=dict)
     _parts: dict[int, str] = field(default_factory=dict)
+    _added: dict[int, Added] = field(default_factory=dict)
 
     def build(self, part: str, tiny: Tiny) -> nn.Module:
         """The part as a module with meta parameters, in eval mode, and its tensors remembered."""
@@ -51,11 +70,24 @@ class Models:
         return self._describe(part, tiny)[1]
 
     def extend(self, module: nn.Module, init: Tensors) -> None:
-        """Say how parameters that were added to a built module start."""
+        """Say how parameters of a built module start: ones that were added, or that other weights give."""
+        added = self.added(module)
+        added.names.update(init)
+        added.waiting = {name: advice for name, advice in added.waiting.items() if name not in init}
         self._tensors.setdefault(id(module), {}).update(init)
 
+    def added(self, module: nn.Module) -> Added:
+        """What a built module has that its part's files do not give; for reading and writing."""
+        return self._added.setdefault(id(module), Added())
+
+    def check_start(self, module: nn.Module) -> None:
+        """Raise ValueError where nothing says how a parameter of a built module starts."""
+        for advice in self.added(module).waiting.values():
+            raise ValueError(advice)
+
     def tensors(self, module: nn.Module) -> Tensors:
-        """Where every parameter of a built module comes from."""
+        """Where every parameter of a built module comes from; ValueError where nothing says so."""
+        self.check_start(module)
         known = self._tensors[id(module)]
         return {name: known[name] for name, _ in module.named_parameters()}  # a block may have been left out since
 
@@ -152,15 +184,30 @@ def _pin(spec: PartConfig) -> PartConfig:
     return dataclasses.replace(spec, revision=_hub_folder("part", spec).name)  # .../snapshots/<commit>
 
 
-def _hub_folder(part: str, spec: PartConfig) -> Path:
+def hub_folder(name: str, revision: str | None = None) -> Path | None:
+    """The snapshot of a hub id in this machine's cache; None where there is none, or `name` is no id."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(spec.path, revision=spec.revision, local_files_only=True))
+        return Path(snapshot_download(name, revision=revision, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
+        return None
+
+
+def _hub_folder(part: str, spec: PartConfig) -> Path:
+    folder = hub_folder(spec.path, spec.revision)
+    if folder is None:
         only = f" --include '{spec.subfolder}/*'" if spec.subfolder else ""
         raise ValueError(
             f"model.parts.{part}: {spec.path!r} is no local folder and not in the hub cache; "
-            f"run `hf download {spec.path}{only}`, or use model=tiny"
-        ) from None
+            f"run `hf download {spec.path}{only}`, or use model=tiny{_gate()}"
+        )
+    return folder
+
+
+def _gate() -> str:
+    """What the download of a gated model needs besides; said to whoever has no token, since the cache can't tell."""
+    from huggingface_hub import get_token
+
+    return "" if get_token() else "; a gated model also needs `hf auth login`, there is no Hugging Face token here"

@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from synthos.keys import hash64, signed64
@@ -21,20 +22,44 @@ def match_tensors(module: nn.Module, folder: Path) -> Tensors:
     Files may hold more (a CLIP folder has both towers), may carry a prefix that the class lacks, or the other way
     round, and hold a tied parameter under any of its names. Raises ValueError naming what is absent or misshapen.
     """
-    where = _tensor_files(folder)
+    where = tensor_files(folder)
     keys = _stored_keys(module, where)
     absent = [name for name, key in keys.items() if key not in where]
     if absent:
         raise ValueError(f"{folder}: the weights lack {len(absent)} of {len(keys)} tensors, first {absent[0]!r}")
+    return take_tensors(module, where, keys)
+
+
+def take_tensors(module: nn.Module, where: Mapping[str, Path], keys: Mapping[str, str]) -> Tensors:
+    """Parameters of `module` to tensors in files, by `keys`: parameter name -> stored name.
+
+    Only headers are read here. Raises ValueError for a tensor of another shape, naming both.
+    """
     found: Tensors = {}
-    for name, parameter in module.named_parameters():
-        path, key = where[keys[name]], keys[name]
+    for name, key in keys.items():
+        path, expected = where[key], tuple(module.get_parameter(name).shape)
         with safe_open(path, "pt") as file:
             shape = tuple(file.get_slice(key).get_shape())
-        if shape != tuple(parameter.shape):
-            raise ValueError(f"{path}: {key} has shape {shape}, the model needs {tuple(parameter.shape)}")
-        found[name] = lambda path=path, key=key: _read_tensor(path, key)  # type: ignore[misc]
+        if shape != expected:
+            raise ValueError(f"{path}: {key} has shape {shape}, the model needs {expected}")
+        found[name] = partial(_read_tensor, path, key)
     return found
+
+
+def tensor_files(path: Path) -> dict[str, Path]:
+    """The names of all tensors of a safetensors file, or of a folder in the hub's layout, each with its file.
+
+    Raises ValueError where there are none, or the file is not whole.
+    """
+    if path.is_file():
+        return dict.fromkeys(_names(path), path)
+    for name in WEIGHTS:
+        index = path / f"{name}.index.json"
+        if index.is_file():
+            return {key: path / file for key, file in read_json(index)["weight_map"].items()}
+        if (path / name).is_file():
+            return dict.fromkeys(_names(path / name), path / name)
+    raise ValueError(f"{path} lacks {' or '.join(WEIGHTS)}")
 
 
 def seeded(seed: int, name: str, make: Callable[[torch.Generator], Tensor]) -> Callable[[], Tensor]:
@@ -52,15 +77,12 @@ def _read_tensor(path: Path, key: str) -> Tensor:
     return tensor
 
 
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    for name in WEIGHTS:
-        index = folder / f"{name}.index.json"
-        if index.is_file():
-            return {key: folder / file for key, file in read_json(index)["weight_map"].items()}
-        if (folder / name).is_file():
-            with safe_open(folder / name, "pt") as file:
-                return dict.fromkeys(file.keys(), folder / name)
-    raise ValueError(f"{folder} lacks {' or '.join(WEIGHTS)}")
+def _names(file: Path) -> list[str]:
+    try:
+        with safe_open(file, "pt") as opened:
+            return list(opened.keys())
+    except SafetensorError as error:
+        raise ValueError(f"{file} is no whole safetensors file: {error}") from None
 
 
 def _stored_keys(module: nn.Module, where: Mapping[str, Path]) -> dict[str, str]:

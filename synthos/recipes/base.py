@@ -6,6 +6,7 @@ R requests.
 Where a recipe's code runs: `encode` without gradients, from pixels or read back from a cache; `loss` inside the
 training step; `sample` in validation and in `synthos generate`. `loss` and `sample` call `self.network(...)` only, so
 that sharding may wrap it; both are collective under sharding, so the number of network calls depends on settings alone.
+Encoders may be sharded too: `encode` calls each as a whole, and takes of its parameters no more than dtype and shape.
 """
 
 import json
@@ -23,6 +24,7 @@ from synthos.keys import Draws
 from synthos.models.parts import Models
 
 Images = Tensor  # [R, 3, H, W], float32 in [0, 1]
+GROUP_BY = ("height", "width", "steps", "sampler", "guided")  # settings that all requests of one batch share
 
 
 @dataclass
@@ -45,8 +47,6 @@ class Encoded:
     negatives: Features  # what stands for the null text in the unguided branches, each [R, ...]
     settings: list[dict[str, Any]]
 
-    GROUP_BY: ClassVar[tuple[str, ...]] = ("height", "width", "steps", "sampler", "guided")
-
     def __len__(self) -> int:
         return len(self.settings)
 
@@ -55,12 +55,19 @@ class Encoded:
         negatives = {k: v[rows].to(device) for k, v in self.negatives.items()}
         return Encoded(pick, negatives, [self.settings[i] for i in rows])
 
+    @staticmethod
+    def join(parts: list["Encoded"]) -> "Encoded":
+        """All requests of `parts` in one, on the CPU."""
+        parts = [part.select(list(range(len(part)))) for part in parts]
+        conditions, negatives = (
+            {name: torch.cat([features[name] for features in rows]) for name in rows[0]} if rows else {}
+            for rows in ([part.conditions for part in parts], [part.negatives for part in parts])
+        )
+        return Encoded(conditions, negatives, [setting for part in parts for setting in part.settings])
+
     def groups(self) -> list[list[int]]:
-        """Rows that can share one batch: equal size, steps, sampler and use of guidance, in first-seen order."""
-        groups: dict[tuple[Any, ...], list[int]] = {}
-        for row, setting in enumerate(self.settings):
-            groups.setdefault(tuple(setting[k] for k in self.GROUP_BY), []).append(row)
-        return list(groups.values())
+        """Rows that can share one batch."""
+        return group_rows(self.settings)
 
 
 class Recipe(Protocol):
@@ -93,8 +100,15 @@ class Recipe(Protocol):
         """The features of one group. No gradients, no randomness but the sample's crop: cacheable."""
         ...
 
+    def setting(self, request: Any, size: tuple[int, int]) -> dict[str, Any]:
+        """A request's settings, its pictures unread; one without a size gets `size` = (H, W) of training.
+
+        Raises ValueError for a value that the recipe can't work with.
+        """
+        ...
+
     def encode_requests(self, requests: list[Any], size: tuple[int, int]) -> Encoded:
-        """Conditions, negative conditions and settings; a request without a size gets `size` = (H, W) of training."""
+        """Conditions, negative conditions and settings of requests."""
         ...
 
     def null(self) -> Features:
@@ -104,6 +118,14 @@ class Recipe(Protocol):
     def loss(self, features: Features, null: Features, draws: Draws) -> Loss: ...
 
     def sample(self, requests: Encoded, null: Features, draws: Draws) -> Images: ...
+
+
+def group_rows(settings: list[dict[str, Any]]) -> list[list[int]]:
+    """Rows of requests that can share one batch: equal in `GROUP_BY`, in first-seen order."""
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for row, setting in enumerate(settings):
+        groups.setdefault(tuple(setting[key] for key in GROUP_BY), []).append(row)
+    return list(groups.values())
 
 
 def save_encoded(path: Path, encoded: Encoded, null: Features) -> None:

@@ -1,8 +1,10 @@
 """Image to image through CLIP tokens: Wan2.1-T2V-1.3B learns to redraw a picture it sees only as image tokens.
 
-Learned: a projector from CLIP's penultimate states to the transformer's width (`train: projector`), or it and the
-whole transformer (`train: full`). Frozen: umT5, CLIP, the VAE, and with `projector` the transformer, through whose
-activations the gradient still flows. Sampling starts from pure noise; no latent of the reference is ever given.
+Learned: a projector from CLIP's penultimate states to the transformer's width (`train: projector`), with it every
+block's keys and values for image tokens (`image_attention`), or the whole transformer (`full`). Image tokens share the
+text's keys, values and softmax (`attention: shared_kv`) or have their own (`decoupled`, which starts as exactly the
+base model). Frozen: umT5, CLIP, the VAE, and what of the transformer does not learn, through whose activations the
+gradient still flows. Sampling starts from pure noise; no latent of the reference is ever given.
 
 Flow matching (arXiv 2210.02747): x_t = (1 - s) x_0 + s n, target n - x_0, s uniform on 1000 points of the shift-5 grid,
 loss w(t) mean((prediction - target)^2), w a bell of mean 1 or uniform. Text and image are dropped independently, to the
@@ -37,7 +39,8 @@ from synthos.recipes.base import Encoded, Images, Loss
 
 @dataclass(frozen=True)
 class I2IConfig:
-    train: Literal["projector", "full"]  # what learns
+    train: Literal["projector", "image_attention", "full"]  # what learns
+    attention: Literal["shared_kv", "decoupled"]  # image tokens share the text's keys and values, or have their own
     image_preprocess: Literal["squash", "crop"]  # of the training crop to the image encoder's square
     text_length: int  # tokens; every prompt is padded to exactly this many
     shift: float  # of the noise levels, in training and sampling
@@ -52,6 +55,16 @@ class I2IConfig:
             raise ValueError(f"recipe.shift: {self.shift} is not allowed; expected a number above 0")
         if self.text_length < 1:
             raise ValueError(f"recipe.text_length: {self.text_length} is not allowed; expected 1 or more tokens")
+        if self.attention == "decoupled" and self.text_length != wan.TEXT_LENGTH:
+            raise ValueError(
+                f"recipe.text_length: {self.text_length} is not allowed with recipe.attention=decoupled, whose blocks "
+                f"take all but the last {wan.TEXT_LENGTH} tokens for the image; expected {wan.TEXT_LENGTH}"
+            )
+        if self.train == "image_attention" and self.attention != "decoupled":
+            raise ValueError(
+                f"recipe.train: image_attention is not allowed with recipe.attention={self.attention}, which has no "
+                "keys and values for the image; expected recipe.attention=decoupled, or recipe.train=projector or full"
+            )
 
 
 @dataclass(frozen=True)
@@ -88,7 +101,8 @@ class I2I:
     def __init__(self, config: I2IConfig, models: Models, encoders: bool = True) -> None:
         self.config = config
         self.compute_dtype = torch.float32
-        self.network = wan.build_transformer(models, clip.image_width(models))
+        fresh = config.train != "projector"  # alone, the projector can't learn through values of zero
+        self.network = wan.build_transformer(models, clip.image_width(models), config.attention, fresh)
         self.frozen = nn.ModuleDict({"vae": autoencoder.build_autoencoder(models)})
         self.encoders = nn.ModuleDict()
         if encoders:
@@ -106,11 +120,9 @@ class I2I:
         return [self.projector, *self.network.blocks]
 
     def param_groups(self) -> dict[str, list[nn.Parameter]]:
-        projector = list(self.projector.parameters())
-        if self.config.train == "projector":
-            return {"projector": projector}
-        own = {id(p) for p in projector}
-        return {"projector": projector, "transformer": [p for p in self.network.parameters() if id(p) not in own]}
+        groups = wan.split_parameters(self.network)
+        trained = {"projector": ["projector"], "image_attention": ["projector", "image_attention"], "full": [*groups]}
+        return {name: groups[name] for name in trained[self.config.train]}
 
     @property
     def projector(self) -> nn.Module:
@@ -125,7 +137,7 @@ class I2I:
         return {"text": self._encode_text(batch.texts("text"))}
 
     def encode_requests(self, requests: list[Any], size: tuple[int, int]) -> Encoded:
-        settings = [self._setting(request, size) for request in requests]
+        settings = [self.setting(request, size) for request in requests]
         nothing = self.null()["image"]
         image = [self._encode_image(picture) if picture is not None else nothing for picture in map(_picture, settings)]
         conditions = {"text": self._encode_text([s["prompt"] for s in settings]), "image": torch.cat(image)}
@@ -179,7 +191,7 @@ class I2I:
     def _encode_text(self, texts: list[str]) -> Tensor:
         return text.encode_text(self.encoders["text"], self.tokenizer, texts, self.config.text_length)
 
-    def _setting(self, request: I2IRequest, size: tuple[int, int]) -> dict[str, Any]:
+    def setting(self, request: I2IRequest, size: tuple[int, int]) -> dict[str, Any]:
         setting = dataclasses.asdict(request)
         defaults = {"height": size[0], "width": size[1], "guidance_text": self.config.guidance_text,
                     "guidance_image": self.config.guidance_image}  # fmt: skip

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -10,27 +10,25 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from synthos.batch import Features
+from synthos.models.exported import ABOUT_FILE, DIFFUSERS_FILE, FORMAT, NULL_FILE, TRAINED_FILE
 from synthos.schema import RunConfig, dump
 from synthos.train.distributed import World, whole
 from synthos.train.state import TrainState
 
-FORMAT = 1
-DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
-TRAINED_FILE = "trained.safetensors"
-ABOUT_FILE = "synthos.json"
-NULL_FILE = "null.safetensors"
 
-
-def exporter(folder: Path, config: RunConfig, world: World, part: str, null: Features) -> Callable[[TrainState], Path]:
+def exporter(
+    folder: Path, config: RunConfig, world: World, part: str, null: Features, added: Collection[str] = ()
+) -> Callable[[TrainState], Path]:
     """A function that writes `folder/step_N/` from a training state; collective, and whole or absent.
 
-    A network that learned whole is written as a diffusers model `part/`; else only what learned is, in
-    `part/trained.safetensors`, and `synthos.json` names the base it belongs to. Averaged weights are preferred.
+    Written is what the base model's files do not give: what learned, and the parameters `added`. If that is the whole
+    network, it is a diffusers model `part/`; else it is in `part/trained.safetensors`, and `synthos.json` names the
+    base it belongs to. Averaged weights are preferred.
     """
 
     def export(state: TrainState) -> Path:
         final = folder / f"step_{state.step:08d}"
-        tensors = _gather(state, world)
+        tensors = _gather(state, world, added)
         if world.is_main and not final.exists():
             temporary = folder / f".{final.name}.part"
             shutil.rmtree(temporary, ignore_errors=True)
@@ -38,7 +36,7 @@ def exporter(folder: Path, config: RunConfig, world: World, part: str, null: Fea
             complete = len(tensors) == len(list(state.network.parameters()))
             _write_part(temporary / part, state.network, tensors, complete)
             save_file({k: v.cpu().contiguous() for k, v in null.items()}, temporary / NULL_FILE)
-            about = _about(config, state, part, complete)
+            about = {"format": FORMAT, "run": folder.parent.name, **_about(config, state, part, complete)}
             (temporary / ABOUT_FILE).write_text(json.dumps(about, indent=2))
             temporary.rename(final)
         world.barrier()
@@ -47,9 +45,11 @@ def exporter(folder: Path, config: RunConfig, world: World, part: str, null: Fea
     return export
 
 
-def _gather(state: TrainState, world: World) -> dict[str, Tensor]:
-    """The trained tensors, whole, on rank 0's CPU; other ranks take part and keep nothing."""
-    source = state.ema.averages if state.ema else {name: p.detach() for name, p in state.trained.items()}
+def _gather(state: TrainState, world: World, added: Collection[str]) -> dict[str, Tensor]:
+    """The tensors to write, whole, on rank 0's CPU; other ranks take part and keep nothing."""
+    learned = state.ema.averages if state.ema else {name: p.detach() for name, p in state.trained.items()}
+    kept = {n: p.detach() for n, p in state.network.named_parameters() if n in added and n not in learned}
+    source = learned | kept
     gathered = {}
     for name, tensor in source.items():
         value = whole(tensor)
@@ -70,7 +70,6 @@ def _write_part(folder: Path, network: Any, tensors: dict[str, Tensor], complete
 
 def _about(config: RunConfig, state: TrainState, part: str, complete: bool) -> dict[str, Any]:
     return {
-        "format": FORMAT,
         "recipe": config.recipe,
         "model": dump(config.model),
         "cache_dir": config.cache_dir,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from synthos.models.clip import (
     MEAN,
+    PREPROCESS,
     STD,
     TINY_CLIP,
     build_image_encoder,
@@ -146,3 +147,20 @@ def test_a_hub_folder_loads_as_transformers_loads_it(
     assert torch.allclose(encode_image(encoder, picture(40, 40)), expected, atol=1e-6)
     models = Models(ModelConfig("local", {"image_encoder": PartConfig(str(tmp_path / "saved"))}), tmp_path / "cache")
     assert image_width(models) == 64
+
+
+@pytest.mark.parametrize("size", [(48, 80), (80, 48), (64, 64)])
+def test_crop_encodes_as_diffusers_image_to_video_pipeline(tiny: Models, encoder: Any, size: tuple[int, int]) -> None:
+    """Up to the rounding of its resize, one level in 255; squash is far from it but for squares."""
+    from diffusers import WanImageToVideoPipeline
+    from transformers import CLIPImageProcessor, CLIPVisionModel
+
+    processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    whole = CLIPVisionModel.from_pretrained(tiny.folder("image_encoder", TINY_CLIP)).eval()
+    pipe = WanImageToVideoPipeline(None, None, None, None, image_processor=processor, image_encoder=whole)
+    images = picture(*size)
+    with torch.no_grad():
+        theirs = pipe.encode_image(as_pillow(images), "cpu")
+    distances = {kind: (encode_image(encoder, images, kind) - theirs).norm() / theirs.norm() for kind in PREPROCESS}
+    assert distances["crop"] < 0.02
+    assert distances["squash"] < 0.02 if size[0] == size[1] else distances["squash"] > 10 * distances["crop"]

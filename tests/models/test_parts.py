@@ -190,3 +190,13 @@ def test_hub_parts_are_fixed_to_the_commit_in_the_cache(tmp_path: Path, monkeypa
     assert fixed["vae"].revision == commit
     assert fixed["transformer"].revision is None and fixed["text"].revision is None
     assert find_folder("vae", fixed["vae"]) == snapshot
+
+
+def test_what_a_gated_model_needs_is_said_where_there_is_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ModelConfig("x", {"transformer": PartConfig("stabilityai/stable-diffusion-3.5-medium")})
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setenv("HF_TOKEN_PATH", "/nowhere")
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", "/nowhere")
+    assert "a gated model also needs `hf auth login`, there is no Hugging Face token here" in missing(config)[0]
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    assert "gated" not in missing(config)[0]
