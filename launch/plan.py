@@ -1,13 +1,19 @@
 """What a submission will do, in words: the page that `dry_run=true` prints."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.rundir import RunState
+from launch import render
+from launch.check import limit_seconds
+from launch.rundir import RunState, run_folder
+from launch.sizes import counted_rows, stated_rows
 from launch.survey import Survey
-from synthos.schema import RunConfig
+from synthos.schema import JobConfig, RunConfig
+from synthos.train.memory import Sizes
 
 UNKNOWN = "unknown until indexed"
+UNKNOWN_SIG8 = "unindexed"  # in the run folder's name, until the data is indexed
 
 
 @dataclass(frozen=True)
@@ -19,7 +25,7 @@ class Plan:
         folder: its run folder; None until the data is there, which is part of a run's identity.
         state: what the folder holds.
         survey: data, and what is missing.
-        parameters: counts of trainable and of all parameters.
+        sizes: shapes of all parameters; None in a plain dry run, which builds nothing.
         last_step: the step at which it is done; None until `epochs` can be counted.
     """
 
@@ -27,7 +33,7 @@ class Plan:
     folder: Path | None
     state: RunState | None
     survey: Survey
-    parameters: dict[str, int]
+    sizes: Sizes | None
     last_step: int | None
 
     def render(self) -> str:
@@ -36,13 +42,13 @@ class Plan:
         factors = f"micro {batch.micro} x accumulation {config.accumulation} x ranks {config.ranks}"
         rows = {
             "recipe": f"{config.recipe['name']}, model {config.model.name}, data {config.data.name}",
-            "run folder": str(self.folder or self._future_folder()),
+            "run folder": str(self.folder or f"{self._folder()}, {UNKNOWN}"),
             "holds": describe_state(self.state),
-            "cluster": config.cluster.name,
+            "cluster": describe_cluster(config),
             "world size": f"{config.ranks} ranks = nodes {config.nodes} x gpus_per_node {config.gpus_per_node}",
             "batch": f"size {batch.size} = {factors}",
             "length": self._length(),
-            "parameters": "{trainable:,} trainable, {total:,} in all".format_map(self.parameters),
+            **(counted_rows(config, self.sizes) if self.sizes else stated_rows(config)),
             "data": self._data(),
             "size": f"{config.data.height} x {config.data.width} pixels",
         }
@@ -50,9 +56,13 @@ class Plan:
         lines += [f"note: {note}" for note in self.survey.notes]
         return "\n".join([*lines, *(f"missing: {line}" for line in self.survey.missing)])
 
-    def _future_folder(self) -> str:
-        config = self.config
-        return f"{Path(config.runs_dir) / config.group / config.name}-<8 digits, {UNKNOWN}>"
+    def _folder(self) -> Path:
+        """The run folder, or where it will be."""
+        return self.folder or run_folder(self.config, UNKNOWN_SIG8)
+
+    def job(self) -> str:
+        """What Slurm will be given, word for word; empty where it is given nothing."""
+        return describe_job(self.config, self._folder())
 
     def _length(self) -> str:
         if self.last_step is None:
@@ -67,6 +77,23 @@ class Plan:
         if data.samples is None:
             return UNKNOWN
         return f"{data.samples:,} samples to train on and {data.held_out:,} held out, in {data.shards} shards"
+
+
+def describe_cluster(config: JobConfig) -> str:
+    """Where a job will run, and what it may cost."""
+    cluster = config.cluster
+    limit = limit_seconds(cluster.time) if cluster.time else None
+    hours = f", at most {config.ranks * limit / 3600:g} GPU hours until its limit" if limit else ""
+    return f"{cluster.name}, backend {cluster.backend}{hours}"
+
+
+def describe_job(config: JobConfig, folder: Path) -> str:
+    """What Slurm will be given of the job in `folder`, word for word; empty where it is given nothing."""
+    if config.cluster.backend == "submitit":
+        return f"\nbatch script:\n{render.batch_script(config, folder)}"
+    if config.cluster.backend == "sbatch":
+        return f"\ncommand:\n{render.sbatch_line(config, folder, os.environ)}\n"
+    return ""
 
 
 def describe_state(state: RunState | None) -> str:

@@ -12,22 +12,26 @@ from torch import nn
 
 from synthos.batch import Features
 from synthos.data.stream import HeldOut, Stream
+from synthos.models import initial
 from synthos.models.parts import Models
 from synthos.recipes.base import Encoded, Recipe, load_encoded, save_encoded
 from synthos.schema import RunConfig, load, unknown
 from synthos.train.checkpoint import Checkpoints
 from synthos.train.distributed import (
+    Mesh,
     World,
     build_mesh,
-    choose_mesh,
     fill_sharded,
     fill_whole,
+    layout_of,
     set_dtypes,
     shard,
+    shard_encoder,
 )
 from synthos.train.ema import Ema
 from synthos.train.export import exporter
 from synthos.train.loop import Job
+from synthos.train.memory import Sizes, sizes_of
 from synthos.train.optim import build_optimizer, check_groups
 from synthos.train.report import Report
 from synthos.train.state import TrainState, trained_parameters
@@ -59,16 +63,17 @@ def build_recipe(recipe: dict[str, Any], models: Models, encoders: bool = True) 
     return built
 
 
-def count_parameters(config: RunConfig) -> dict[str, int]:
-    """Parameters that train, and all of them with the frozen parts; counted on the meta device, no file is read.
+def measure(config: RunConfig) -> Sizes:
+    """The shapes of everything the recipe is made of, built on the meta device from configs; no weight is read.
 
     Raises ValueError for a learning rate of a parameter group that the recipe does not have.
     """
-    recipe = build_recipe(config.recipe, Models(config.model, Path(config.cache_dir), meta_only=True))
+    models = Models(config.model, Path(config.cache_dir), meta_only=True)
+    recipe = build_recipe(config.recipe, models)
     check_groups(config.optim, recipe.param_groups())
-    parts = (recipe.network, recipe.encoders, recipe.frozen)
-    trained = sum(p.numel() for p in recipe.network.parameters() if p.requires_grad)
-    return {"trainable": trained, "total": sum(p.numel() for part in parts for p in part.parameters())}
+    if not initial.missing(config):
+        initial.start_from(config, recipe.network, models)
+    return sizes_of(recipe, models.added(recipe.network).names)
 
 
 def build_job(config: RunConfig, folder: Path, world: World, stop: Stop, attempt: int) -> Job:
@@ -76,6 +81,7 @@ def build_job(config: RunConfig, folder: Path, world: World, stop: Stop, attempt
     models = Models(config.model, Path(config.cache_dir), seed=config.seed)
     with world.main_first():  # writes the parts of a tiny model; transformers saves on rank 0 only
         recipe = build_recipe(config.recipe, models)
+    initial.start_from(config, recipe.network, models)
     recipe.compute_dtype = world.dtype
     held_out = HeldOut(config.data, recipe.inputs)
     stream = Stream(
@@ -86,7 +92,10 @@ def build_job(config: RunConfig, folder: Path, world: World, stop: Stop, attempt
         world=world.size,
         seed=config.seed,
     )
-    fill_frozen(recipe, models, world.device, world.dtype)
+    layout = layout_of(config, recipe, world)
+    log.info("encoders %s: %s", layout.encoders, layout.reason)
+    everyone = build_mesh("full", config, world.device) if layout.encoders == "full" else None
+    fill_frozen(recipe, models, world.device, world.dtype, everyone)
     encoded, null = prepare_requests(config, folder, recipe, held_out, world)
     state = build_state(config, recipe, models, world)
     checkpoints = Checkpoints(folder / "checkpoints", world, config.checkpoint.keep_last, config.checkpoint.keep_best)
@@ -104,7 +113,9 @@ def build_job(config: RunConfig, folder: Path, world: World, stop: Stop, attempt
         checkpoints=checkpoints,
         report=Report(folder, config, world, attempt),
         stop=stop,
-        export=exporter(folder / "weights", config, world, models.part(recipe.network), null),
+        export=exporter(
+            folder / "weights", config, world, models.part(recipe.network), null, models.added(recipe.network).names
+        ),
         last_step=last_step(config, len(stream)),
     )
 
@@ -116,22 +127,34 @@ def last_step(config: RunConfig, samples: int) -> int:
     return int((config.optim.epochs or 0) * samples / config.batch.size + 1e-9)  # 0.29 * 100 is 28.999...
 
 
-def fill_frozen(recipe: Recipe, models: Models, device: torch.device, dtype: torch.dtype) -> None:
-    """Load what never learns: encoders in the computation's dtype, what pixels pass through in float32."""
-    for group, kind in ((recipe.encoders, dtype), (recipe.frozen, torch.float32)):
-        for module in group.children():
-            fill_whole(module, models.tensors(module), device, kind)
-            module.eval().requires_grad_(False)
-        group.eval()
+def fill_frozen(
+    recipe: Recipe, models: Models, device: torch.device, dtype: torch.dtype, mesh: Mesh | None = None
+) -> None:
+    """Load what never learns: encoders in the computation's dtype, what pixels pass through in float32.
+
+    With a `mesh` the encoders are sharded over it: each rank keeps its shard, and encoding is collective.
+    """
+    for module in recipe.encoders.children():
+        if mesh:
+            set_dtypes(module, frozen=dtype)
+            shard_encoder(module, mesh)
+            fill_sharded(module, models.tensors(module), device)
+        else:
+            fill_whole(module, models.tensors(module), device, dtype)
+    for module in recipe.frozen.children():
+        fill_whole(module, models.tensors(module), device, torch.float32)
+    for group in (recipe.encoders, recipe.frozen):
+        group.eval().requires_grad_(False)
 
 
 def build_state(config: RunConfig, recipe: Recipe, models: Models, world: World) -> TrainState:
     """Shard and fill the network; optimiser and average on top of it."""
     network: nn.Module = recipe.network
     set_dtypes(network, frozen=world.dtype)
-    mode, reason = choose_mesh(config, network, world)
-    log.info("mesh %s: %s", mode, reason)
-    shard(network, recipe.fsdp_units(), build_mesh(mode, config, world.device), world, config.activation_checkpointing)
+    layout = layout_of(config, recipe, world)
+    log.info("mesh %s: %s", layout.mesh, layout.reason)
+    mesh = build_mesh(layout.mesh, config, world.device)
+    shard(network, recipe.fsdp_units(), mesh, world, config.activation_checkpointing)
     fill_sharded(network, models.tensors(network), world.device)
     groups, trained = recipe.param_groups(), trained_parameters(network)
     ema = Ema(trained, config.ema) if config.ema.decay else None
@@ -141,22 +164,32 @@ def build_state(config: RunConfig, recipe: Recipe, models: Models, world: World)
 def prepare_requests(
     config: RunConfig, folder: Path, recipe: Recipe, held_out: HeldOut, world: World
 ) -> tuple[Encoded, Features]:
-    """Requests and null conditions as the network meets them: encoded once by the first attempt, read by all others."""
+    """Requests and null conditions as the network meets them: encoded once by the first attempt, read by all others.
+
+    Encoders may be sharded, so every rank encodes the same requests; the main one writes.
+    """
     path = folder / "requests" / "encoded.safetensors"
-    if world.is_main and not path.exists():
-        path.parent.mkdir(exist_ok=True)
-        requests = [load(recipe.Request, _located(r, folder), "validate.requests") for r in _listed(config)]
-        requests += _from_split(config, path.parent, recipe, held_out)
-        size = (config.data.height, config.data.width)
-        with torch.no_grad():
-            encoded = recipe.encode_requests(requests, size) if requests else Encoded({}, {}, [])
-            for setting in encoded.settings:
-                if setting.get("reference"):  # so that the folder may move
-                    setting["reference"] = str(Path(setting["reference"]).relative_to(folder))
-            save_encoded(path, encoded, recipe.null())
-    world.barrier()
+    absent = torch.tensor(float(world.is_main and not path.exists()))  # as the main rank sees it
+    if world.reduce(absent).item():
+        with world.main_first():
+            requests = [load(recipe.Request, located(r, folder), "validate.requests") for r in _listed(config)]
+            requests += _from_split(config, path.parent, recipe, held_out, save=world.is_main)
+        encoded, null = _encode(config, recipe, requests)
+        for setting in encoded.settings:
+            if setting.get("reference"):  # so that the folder may move
+                setting["reference"] = str(Path(setting["reference"]).relative_to(folder))
+        if world.is_main:
+            save_encoded(path, encoded, null)
+        world.barrier()
     encoded, null = load_encoded(path)
     return encoded, {name: value.to(world.device) for name, value in null.items()}
+
+
+@torch.no_grad()
+def _encode(config: RunConfig, recipe: Recipe, requests: list[Any]) -> tuple[Encoded, Features]:
+    """Requests, each by itself as `synthos generate` encodes it, and the null conditions."""
+    size = (config.data.height, config.data.width)
+    return Encoded.join([recipe.encode_requests([request], size) for request in requests]), recipe.null()
 
 
 def _listed(config: RunConfig) -> list[dict[str, Any]]:
@@ -164,13 +197,17 @@ def _listed(config: RunConfig) -> list[dict[str, Any]]:
     return config.validate.requests if isinstance(config.validate.requests, list) else []
 
 
-def _located(request: dict[str, Any], folder: Path) -> dict[str, Any]:
+def located(request: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Pictures were copied into the run folder at submission and are named relative to it."""
     return {k: str(folder / v) if k.startswith("reference") and isinstance(v, str) else v for k, v in request.items()}
 
 
-def _from_split(config: RunConfig, folder: Path, recipe: Recipe, held_out: HeldOut) -> list[Any]:
-    """The first held-out samples asked as text, as image and as both, as far as the recipe reads them."""
+def _from_split(config: RunConfig, folder: Path, recipe: Recipe, held_out: HeldOut, save: bool) -> list[Any]:
+    """The first held-out samples asked as text, as image and as both, as far as the recipe reads them.
+
+    Their pictures lie in `folder`, where `save` writes them.
+    """
+    folder.mkdir(exist_ok=True)
     fields = {f.name for f in dataclasses.fields(recipe.Request)}
     picture = next((name for name, i in recipe.inputs.items() if i.kind == "image"), None)
     caption = next((name for name, i in recipe.inputs.items() if i.kind == "text"), None)
@@ -179,7 +216,8 @@ def _from_split(config: RunConfig, folder: Path, recipe: Recipe, held_out: HeldO
         batch, asked = held_out.batch([row]), {}
         if picture and "reference" in fields:
             asked["reference"] = str(folder / f"split_{row:03d}.png")
-            Image.fromarray(batch.images(picture)[0].permute(1, 2, 0).numpy()).save(asked["reference"])
+            if save:
+                Image.fromarray(batch.images(picture)[0].permute(1, 2, 0).numpy()).save(asked["reference"])
         if caption and "prompt" in fields:
             asked["prompt"] = batch.texts(caption)[0]
         kinds = {"text": ("prompt",), "image": ("reference",), "both": ("prompt", "reference")}

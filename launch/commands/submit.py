@@ -1,20 +1,16 @@
 """`synthos submit`: the straight line from a command line to a run. Bad input ends it before anything is written."""
 
 import dataclasses
-import sys
 from collections.abc import Callable
-from contextlib import ExitStack
-from pathlib import Path
-from typing import IO
 
-from launch import backends
-from launch.attempts import newest_record
+from launch import slurm
 from launch.check import length_problems, machine_problems, value_problems
 from launch.compose import CHECKOUT, choices, compose
 from launch.identity import sig8
-from launch.plan import Plan
+from launch.plan import UNKNOWN_SIG8, Plan
 from launch.requests import load_requests
-from launch.rundir import hold, open_folder, read_state, run_folder
+from launch.rundir import open_folder, read_state, run_folder
+from launch.start import start
 from launch.survey import survey
 from synthos.models.parts import pinned
 from synthos.schema import RunConfig
@@ -35,18 +31,21 @@ def main(arguments: list[str]) -> int | Callable[[], int]:
         print(USAGE, *(f"{group}: {', '.join(names)}" for group, names in choices().items()), sep="\n")
         return 0
     composed = compose(arguments)
-    plan = make_plan(composed.config, composed.dry_run)
+    plan = make_plan(composed.config, composed.dry_run, composed.full)
     if composed.dry_run:
-        print(plan.render())
+        print(plan.render(), plan.job(), sep="\n", end="")
         return 0
     if plan.survey.missing:
         raise ValueError("\n".join(plan.survey.missing))
-    return lambda: start(plan, ["synthos", "submit", *arguments])
+    return lambda: _start(plan, ["synthos", "submit", *arguments], composed.follow)
 
 
-def make_plan(config: RunConfig, dry_run: bool) -> Plan:
-    """Everything that can be known before the start; ValueError, in one message, for what can't work."""
-    from synthos.build import count_parameters, last_step, recipe_class, recipe_config
+def make_plan(config: RunConfig, dry_run: bool, full: bool = False) -> Plan:
+    """Everything that can be known before the start; ValueError, in one message, for what can't work.
+
+    A dry run builds the model if it is to be `full`, as a submission does.
+    """
+    from synthos.build import last_step, measure, recipe_class, recipe_config
 
     recipe = recipe_class(config.recipe.get("name", ""))
     problems = value_problems(config, recipe, recipe_config(config.recipe))
@@ -54,48 +53,34 @@ def make_plan(config: RunConfig, dry_run: bool) -> Plan:
         raise ValueError("\n".join(problems))
     validate = dataclasses.replace(config.validate, requests=load_requests(config, recipe))
     config = dataclasses.replace(config, validate=validate, model=pinned(config.model))
-    parameters = count_parameters(config)
+    sizes = measure(config) if full or not dry_run else None
     found = survey(config, recipe, dry_run, [*machine_problems(config)])
     samples, fingerprint = found.data.samples, found.data.fingerprint
     steps = last_step(config, samples or 0) if samples is not None or config.optim.steps else None
     if samples is not None and steps is not None and (problems := [*length_problems(config, samples, steps)]):
         raise ValueError("\n".join(problems))
     folder = run_folder(config, sig8(config, fingerprint)) if fingerprint else None
+    missing, notes = slurm.look(config, folder or run_folder(config, UNKNOWN_SIG8))
+    found = dataclasses.replace(found, missing=[*found.missing, *missing], notes=[*found.notes, *notes])
     return Plan(
         config=config,
         folder=folder,
         state=read_state(folder) if folder else None,
         survey=found,
-        parameters=parameters,
+        sizes=sizes,
         last_step=steps,
     )
 
 
-def start(plan: Plan, command: list[str]) -> int:
-    """Hold the run folder and run an attempt in it; returns its exit code."""
+def _start(plan: Plan, command: list[str], following: bool) -> int:
+    """Start the planned run; returns the exit code."""
     folder = plan.folder
     assert folder is not None, "a submission without missing data has a folder"
-    with ExitStack() as stack:
-        try:
-            lock = stack.enter_context(hold(folder))
-        except ValueError as error:  # the one fault of the user that only trying tells
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        if lock is None:
-            record = newest_record(folder)
-            by = f" (attempt {record['attempt']}, process {record['pid']})" if record else ""
-            print(f"{folder} is running already{by}", file=sys.stderr)
-            return 1
-        return run_attempt(plan, folder, command, lock)
 
+    def prepare() -> None:
+        step = read_state(folder).step
+        print(plan.render())
+        print("starts" if step is None else f"continues from step {step}")
+        open_folder(folder, plan.config, command, CHECKOUT)
 
-def run_attempt(plan: Plan, folder: Path, command: list[str], lock: IO[str]) -> int:
-    """Open the folder that `lock` holds, or go on in it, unless its run is done; returns the exit code."""
-    state = read_state(folder)  # again: now nobody else can change it
-    if state.done:
-        print(f"{folder} is done; its weights are in {state.weights}")
-        return 0
-    print(plan.render())
-    print(f"continues from step {state.step or 0}" if state.exists else "starts")
-    open_folder(folder, plan.config, command, CHECKOUT)
-    return backends.start(plan.config.cluster.backend, folder, lock)
+    return start(plan.config, folder, prepare, following)

@@ -6,7 +6,7 @@ import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -17,10 +17,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from synthos.models.tensors import Tensors
-from synthos.schema import RunConfig
+from synthos.recipes.base import Recipe
+from synthos.schema import GenerateConfig, RunConfig
+from synthos.train.memory import Layout, Mode, choose_layout, repeated_blocks, sizes_of
 
-Mode = Literal["replicate", "hybrid", "full"]
-STATE_BYTES = 4 + 4 + 8  # fp32 weight, gradient, and AdamW's two moments, per trained parameter
+Mesh = DeviceMesh
 
 
 @dataclass
@@ -60,7 +61,7 @@ class World:
             dist.destroy_process_group()
 
 
-def open_world(config: RunConfig) -> World:
+def open_world(config: RunConfig | GenerateConfig) -> World:
     """Join the process group that torchrun describes, or a group of one when there is none (`cluster=debug`)."""
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     cuda = config.cluster.device == "cuda" or (config.cluster.device == "auto" and torch.cuda.is_available())
@@ -76,28 +77,24 @@ def open_world(config: RunConfig) -> World:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     if dist.get_world_size() != config.ranks:
         raise RuntimeError(f"{dist.get_world_size()} ranks were started for a config of {config.ranks}")
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    dtype = choose_dtype(config.dtype if isinstance(config, GenerateConfig) else config.precision, device)
     cpu_group = dist.new_group(backend="gloo") if cuda else None
     return World(dist.get_rank(), local_rank, dist.get_world_size(), device, dtype, cpu_group)
 
 
-def choose_mesh(config: RunConfig, network: nn.Module, world: World) -> tuple[Mode, str]:
-    """The mesh mode and the reason for it. `auto`: the least sharding whose state fits half of a rank's memory."""
-    if config.mesh != "auto":
-        return config.mesh, "asked for"
-    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    frozen = sum(p.numel() * p.element_size() for p in network.parameters() if not p.requires_grad)
-    state = trained * (STATE_BYTES + (4 if config.ema.decay else 0)) + frozen
-    least = torch.tensor(_memory(world.device, config.gpus_per_node), dtype=torch.float64)
-    budget = world.reduce(least, dist.ReduceOp.MIN).item() / 2  # ranks with other memory must choose alike
-    facts = (
-        f"{state / 2**30:.2f} GiB of weights and states, {budget / 2**30:.1f} GiB of a rank's memory set aside for them"
-    )
-    if state <= budget:
-        return "replicate", facts
-    if config.nodes > 1 and config.gpus_per_node > 1 and state / config.gpus_per_node <= budget:
-        return "hybrid", facts
-    return "full", facts
+def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """The dtype of a computation: bf16 or fp32, or for None what suits the device, bf16 on a GPU, fp32 on the CPU."""
+    kinds = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    if name is not None and name not in kinds:
+        raise ValueError(f"dtype: {name!r} is not allowed; expected one of {', '.join(kinds)}")
+    return kinds[name or ("bf16" if device.type == "cuda" else "fp32")]
+
+
+def layout_of(config: RunConfig, recipe: Recipe, world: World) -> Layout:
+    """How the recipe's network and encoders are laid out: the same on every rank and at every call; collective."""
+    least = torch.tensor(rank_bytes(config, world.device), dtype=torch.float64)
+    memory = world.reduce(least, dist.ReduceOp.MIN).item()  # ranks with other memory must choose alike
+    return choose_layout(config, sizes_of(recipe), memory)
 
 
 def build_mesh(mode: Mode, config: RunConfig, device: torch.device) -> DeviceMesh:
@@ -122,6 +119,15 @@ def shard(network: nn.Module, units: list[nn.Module], mesh: DeviceMesh, world: W
             unit.forward = functools.partial(checkpoint, unit.forward, use_reentrant=False)
         fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=regather)
     fully_shard(network, mesh=mesh, mp_policy=policy, reshard_after_forward=regather)
+
+
+def shard_encoder(encoder: nn.Module, mesh: DeviceMesh) -> None:
+    """FSDP2 on each layer and on the root of a frozen module: whole weights exist for one layer at a time.
+
+    The module must then be called as a whole, and equally often on every rank.
+    """
+    for unit in [*repeated_blocks(encoder), encoder]:
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True)
 
 
 def set_dtypes(network: nn.Module, frozen: torch.dtype) -> None:
@@ -183,6 +189,15 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def rank_bytes(config: RunConfig, device: torch.device) -> float:
+    """Bytes of memory that one rank may call its own: `cluster.gpu_memory_gb` if set, else what the device has."""
+    if config.cluster.gpu_memory_gb is not None:
+        return 1e9 * config.cluster.gpu_memory_gb
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / config.gpus_per_node
+
+
 def peak_memory(device: torch.device) -> float:
     """Most bytes that this rank has held so far: of the GPU, or of the process on a CPU."""
     if device.type == "cuda":
@@ -194,10 +209,3 @@ def _apply_to_buffers(module: nn.Module, change: Callable[[Tensor], Tensor]) -> 
     for owner in module.modules():
         for name, buffer in owner.named_buffers(recurse=False):
             setattr(owner, name, change(buffer))
-
-
-def _memory(device: torch.device, ranks_per_node: int) -> float:
-    """Bytes of memory that one rank may call its own."""
-    if device.type == "cuda":
-        return float(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks_per_node

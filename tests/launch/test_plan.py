@@ -18,7 +18,7 @@ def plan(*overrides: str, **changes: Any) -> Plan:
         folder=Path("/runs/i2i/i2i-1a2b3c4d"),
         state=None,
         survey=Survey(DataFacts(1200, 80, 7, "f", []), [], []),
-        parameters={"trainable": 3612928, "total": 1422609728},
+        sizes=None,
         last_step=100,
     )
     return dataclasses.replace(made, **changes)
@@ -33,7 +33,7 @@ def test_it_shows_the_arithmetic() -> None:
     assert shown["world size"] == "3 ranks = nodes 1 x gpus_per_node 3"
     assert shown["batch"] == "size 24 = micro 2 x accumulation 4 x ranks 3"
     assert shown["length"] == "100 steps = 2,400 samples = 2 epochs"
-    assert shown["parameters"] == "3,612,928 trainable, 1,422,609,728 in all"
+    assert shown["parameters"] == "dry_run=full counts them"
     assert shown["data"] == "1,200 samples to train on and 80 held out, in 7 shards"
     assert shown["run folder"] == "/runs/i2i/i2i-1a2b3c4d" and shown["holds"] == "nothing yet"
 
@@ -42,7 +42,7 @@ def test_what_only_an_index_tells_is_unknown() -> None:
     survey = Survey(DataFacts(), ["data.shards: no such shard: a.tar", "model.parts.vae: b"], ["data: will be written"])
     made = plan("optim={steps: null, epochs: 2}", folder=None, survey=survey, last_step=None)
     shown = lines(made)
-    assert shown["run folder"] == "/runs/i2i/i2i-<8 digits, unknown until indexed>"
+    assert shown["run folder"] == "/runs/i2i/i2i-unindexed, unknown until indexed"
     assert shown["data"] == "unknown until indexed" and shown["length"] == "2 epochs, steps unknown until indexed"
     assert made.render().splitlines()[-3:] == [
         "note: data: will be written",

@@ -96,18 +96,19 @@ def test_a_sample_without_a_caption(submit: Submit, tmp_path: Path, capsys: Capt
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("kind", ["true", "full"])
 def test_a_dry_run_prints_the_plan_and_writes_nothing(
-    submit: Submit, shards: Path, tmp_path: Path, capsys: Capture
+    submit: Submit, shards: Path, tmp_path: Path, capsys: Capture, kind: str
 ) -> None:
     folders = (tmp_path, shards, CHECKOUT / "runs", CHECKOUT / ".cache")
     before = tree(*folders)
-    assert submit("dry_run=true") == 0
+    assert submit(f"dry_run={kind}") == 0
     assert tree(*folders) == before
     shown = capsys.readouterr().out
     assert "world size: 1 ranks = nodes 1 x gpus_per_node 1" in shown
     assert "batch:      size 4 = micro 2 x accumulation 2 x ranks 1" in shown
     assert "length:     3 steps = 12 samples" in shown
-    assert "trainable, " in shown and f"run folder: {tmp_path / 'runs' / 'i2i' / 'i2i-'}" in shown
+    assert ("trainable, " in shown) == (kind == "full") and f"run folder: {tmp_path / 'runs' / 'i2i' / 'i2i-'}" in shown
     assert "missing:" not in shown and "unknown" not in shown
 
 

@@ -1,16 +1,20 @@
-"""The choice of a mesh, and filling modules."""
+"""The memory of a rank, the layout that ranks agree on, and filling modules."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from synthos.train import distributed
-from synthos.train.distributed import World, choose_mesh, fill_whole
+from synthos.build import build_recipe
+from synthos.models.parts import Models
+from synthos.recipes.base import Recipe
+from synthos.train.distributed import World, fill_whole, layout_of, rank_bytes
+from synthos.train.memory import rank_memory, sizes_of
 from tests.support import run_config, world_of_one
 
-STATE = 10_000 * (4 + 4 + 8)  # bytes of fp32 weight, gradient and AdamW's moments of the network below
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -18,31 +22,33 @@ def world() -> Iterator[World]:
     yield from world_of_one()
 
 
-@pytest.mark.parametrize(("memory", "mode"), [(2 * STATE, "replicate"), (2 * STATE - 1, "full")])
-def test_mesh_is_chosen_by_what_fits_half_of_the_memory(
-    world: World, monkeypatch: pytest.MonkeyPatch, memory: int, mode: str
-) -> None:
-    monkeypatch.setattr(distributed, "_memory", lambda device, ranks: float(memory))
-    network = nn.Linear(100, 100, bias=False)
-    assert choose_mesh(run_config("ema.decay=null", "mesh=auto"), network, world)[0] == mode
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    config = run_config()
+    return build_recipe(config.recipe, Models(config.model, tmp_path, meta_only=True))
 
 
-def test_average_and_frozen_parts_count(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "_memory", lambda device, ranks: 2.0 * STATE)
-    network = nn.Linear(100, 100, bias=False)
-    assert choose_mesh(run_config("ema.decay=0.9", "mesh=auto"), network, world)[0] == "full"
-    frozen = nn.Sequential(network, nn.Linear(1, 1).requires_grad_(False))
-    assert choose_mesh(run_config("ema.decay=null", "mesh=auto"), frozen, world)[0] == "full"
+def test_ranks_share_the_memory_of_a_node_unless_the_config_says_it() -> None:
+    (line,) = [line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal")]
+    node = 1024 * int(line.split()[1])
+    assert rank_bytes(run_config(), CPU) == pytest.approx(node, rel=0.01)
+    assert rank_bytes(run_config("gpus_per_node=4"), CPU) == rank_bytes(run_config(), CPU) / 4
+    assert rank_bytes(run_config("gpus_per_node=4", "cluster.gpu_memory_gb=80"), CPU) == 80e9
 
 
-def test_mesh_may_be_asked_for(world: World) -> None:
-    assert choose_mesh(run_config("mesh=full"), nn.Linear(1, 1), world) == ("full", "asked for")
+@pytest.mark.parametrize(("spare", "mesh"), [(0, "replicate"), (-1e-9, "full")])
+def test_ranks_lay_out_what_they_hold_by_their_memory(world: World, recipe: Recipe, spare: float, mesh: str) -> None:
+    config = run_config("gpus_per_node=2", "mesh=auto")
+    held = rank_memory(config, sizes_of(recipe), "replicate", "replicate").held
+    limited = run_config("gpus_per_node=2", "mesh=auto", f"cluster.gpu_memory_gb={2 * held / 1e9 + spare}")
+    assert layout_of(limited, recipe, world).mesh == mesh
+    assert layout_of(config, recipe, world).mesh == "replicate"  # in this machine's own
 
 
 def test_filling_keeps_ties_and_refuses_another_shape() -> None:
     module = nn.ModuleDict({"a": nn.Linear(2, 2, bias=False, device="meta"), "b": nn.Linear(2, 2, bias=False)})
     module["b"].weight = module["a"].weight
-    fill_whole(module, {"a.weight": lambda: torch.eye(2)}, torch.device("cpu"))
+    fill_whole(module, {"a.weight": lambda: torch.eye(2)}, CPU)
     assert module["a"].weight is module["b"].weight and torch.equal(module["b"].weight, torch.eye(2))
     with pytest.raises(ValueError, match=r"a.weight has shape \(3, 2\), the model needs \(2, 2\)"):
-        fill_whole(module, {"a.weight": lambda: torch.ones(3, 2)}, torch.device("cpu"))
+        fill_whole(module, {"a.weight": lambda: torch.ones(3, 2)}, CPU)
