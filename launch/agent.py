@@ -40,7 +40,7 @@ def task(folder: str) -> None:
 
 
 def main(folder: Path) -> int:
-    """One task of a Slurm job, its part of an attempt of the run in `folder`: 0 if that is done or stopped, else 1 or 2.
+    """A task's part of an attempt of the run in `folder`, inside a Slurm job; 0 if that is done or stopped, else 1 or 2.
 
     The first task refuses an allocation that is not the one the run's config asks for.
     """
@@ -114,7 +114,7 @@ def meet(folder: Path, config: JobConfig, place: Place) -> tuple[Meeting, list[s
     host, port = ("localhost", 0) if place.alone else (own_address(os.environ), free_port())
     meeting = Meeting(place.job, 0, host, port)
     command = ranks_command(config, folder, place, meeting)
-    meeting = dataclasses.replace(meeting, attempt=attempts.begin(folder, command, place.job))
+    meeting = dataclasses.replace(meeting, attempt=attempts.begin(folder, command, job=place.job))
     if not place.alone:
         announce(folder, meeting)
     return meeting, command
@@ -124,7 +124,8 @@ def close(folder: Path, attempt: int, log: Path) -> int:
     """Close the ledger of an attempt that has ended; returns its exit code."""
     verdict = attempts.end(folder, attempt)
     if verdict["status"] == "failed":
-        print(f"attempt {attempt} failed: {verdict['message']}\nlogs: {log.parent}", file=sys.stderr)
+        where = f" at rank {verdict['rank']}" if "rank" in verdict else ""
+        print(f"attempt {attempt} failed{where}: {verdict['message']}\nlogs: {log.parent}", file=sys.stderr)
     return attempts.exit_code(verdict)
 
 

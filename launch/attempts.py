@@ -14,7 +14,7 @@ from synthos.run import read_verdict
 EXIT_CODES = {"interrupt": 130, "terminate": 143}  # 128 + the signal's number, as shells have it
 
 
-def begin(folder: Path, command: list[str], job: str = "", checkout: Path = CHECKOUT) -> int:
+def begin(folder: Path, command: list[str], checkout: Path = CHECKOUT, job: str = "") -> int:
     """Open the next attempt, with the code it runs, and forget an old request to stop; returns the attempt's number.
 
     `job` is Slurm's id of the job and its restart count, if there is one.

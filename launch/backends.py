@@ -1,4 +1,4 @@
-"""How a run starts: in this process, under torchrun on this machine, or by Slurm. `cluster.backend` names the function."""
+"""How a run starts: in this process, by torchrun on this machine, or by Slurm. `cluster.backend` names the function."""
 
 import os
 import sys
@@ -55,7 +55,7 @@ def executor(config: JobConfig, folder: Path) -> Any:
     """submitit's executor, with the script that a dry run shows and a clean environment around sbatch."""
     from submitit import SlurmExecutor
 
-    class Executor(SlurmExecutor):  # type: ignore[misc]
+    class Executor(SlurmExecutor):
         def _make_submission_file_text(self, command: str, uid: str) -> str:
             return render.batch_script(config, folder)
 
@@ -79,4 +79,3 @@ BACKENDS: dict[str, Callable[[JobConfig, Path, IO[str]], int]] = {
     "submitit": submitit,
     "sbatch": sbatch,
 }
-

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from launch.render import OWN_KEYS
-from synthos.schema import JobConfig, RunConfig
+from synthos.schema import GenerateConfig, JobConfig, RunConfig
 
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
 FILE_NAME_WORDS = "letters, digits and . _ + = - (it becomes a file name), a letter or digit first"
@@ -19,12 +19,14 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "nodes gpus_per_node batch.size batch.micro data.height data.width data.window data.lanes optim.lr "
         "optim.lr_groups optim.eps optim.steps optim.epochs optim.clip optim.decay_steps validate.every "
-        "checkpoint.every checkpoint.keep_last cluster.threads cluster.gpu_memory_gb",
+        "checkpoint.every checkpoint.keep_last cluster.threads cluster.gpu_memory_gb "
+        "cluster.cpus_per_rank cluster.notice_seconds micro",
         lambda value: 0 < value < math.inf,
         "above 0",
     ),
     (
-        "data.workers optim.weight_decay optim.warmup_steps validate.samples validate.from_split checkpoint.keep_best",
+        "data.workers optim.weight_decay optim.warmup_steps validate.samples validate.from_split checkpoint.keep_best "
+        "grid",
         lambda value: 0 <= value < math.inf,
         "0 or more",
     ),
@@ -54,6 +56,11 @@ def value_problems(config: RunConfig, recipe: Any, recipe_config: Any) -> list[s
         *_ranks(config),
         *cluster_problems(config),
     ]
+
+
+def generation_problems(config: GenerateConfig) -> list[str]:
+    """A line for everything wrong with the values of a generation; its requests are read by `launch/requests.py`."""
+    return [*_names(config), *_ranges(config), *_debug_ranks(config), *cluster_problems(config)]
 
 
 def batch_problems(config: RunConfig) -> list[str]:
@@ -104,15 +111,16 @@ def size_problems(sized: Any, multiple: int, path: str) -> list[str]:
     return problems
 
 
-def _names(config: RunConfig) -> Iterator[str]:
+def _names(config: JobConfig) -> Iterator[str]:
     for key, value in (("name", config.name), ("group", config.group)):
         if not FILE_NAME.fullmatch(value):
             yield f"{key}: {value!r} is not allowed; expected {FILE_NAME_WORDS}"
 
 
-def _ranges(config: RunConfig) -> Iterator[str]:
+def _ranges(config: JobConfig) -> Iterator[str]:
+    own = {field.name for field in dataclasses.fields(config)}
     for keys, fits, words in RANGES:
-        for key in keys.split():
+        for key in (key for key in keys.split() if key.split(".")[0] in own):
             for path, number in _numbers(key, _get(config, key)):
                 if not fits(number):
                     yield f"{path}: {number} is not allowed; expected a number {words}"
@@ -189,9 +197,13 @@ def _validation(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _ranks(config: RunConfig) -> Iterator[str]:
+def _debug_ranks(config: JobConfig) -> Iterator[str]:
     if config.cluster.backend == "debug" and config.ranks > 1:
         yield f"nodes x gpus_per_node: {config.ranks} ranks are not allowed with cluster=debug; expected 1"
+
+
+def _ranks(config: RunConfig) -> Iterator[str]:
+    yield from _debug_ranks(config)
     if config.mesh == "hybrid" and config.nodes == 1:
         yield "mesh: hybrid needs nodes above 1; expected auto, replicate or full"
 
@@ -207,7 +219,8 @@ def cluster_problems(config: JobConfig) -> Iterator[str]:
         return
     for key in cluster.sbatch:
         if key in OWN_KEYS or key == cluster.gpu_flag:
-            yield f"cluster.sbatch.{key}: expected {OWN_KEYS.get(key, 'gpus_per_node')} instead, or the plan would not know"
+            own = OWN_KEYS.get(key, "gpus_per_node")
+            yield f"cluster.sbatch.{key}: this flag is not allowed here; expected {own}, which the plan knows"
     if cluster.gpu_type and not cluster.gpu_flag:
         yield f"cluster.gpu_type: {cluster.gpu_type} has no effect with cluster.gpu_flag=null"
     if cluster.time is None:

@@ -1,9 +1,10 @@
-"""Command-line overrides to one RunConfig of the right types.
+"""Command-line overrides to one config of the right types: a RunConfig, or a GenerateConfig.
 
 Only here does Hydra run: it writes nothing, and a rank never composes again.
 """
 
 import dataclasses
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from synthos.schema import DataConfig, ModelConfig, PartConfig, RunConfig, load, unknown
+from synthos.schema import DataConfig, GenerateConfig, JobConfig, ModelConfig, PartConfig, RunConfig, load, unknown
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 CONFIGS = CHECKOUT / "configs"
@@ -65,7 +66,52 @@ def compose(arguments: Sequence[str], config_dir: Path = CONFIGS) -> Composed:
     if problems:
         raise ValueError("\n".join(problems))
     config = _anchor(load(RunConfig, plain), Path.cwd())
+    _check_follow(config, bool(follow))
     return Composed(config, dry_run=bool(dry_run), full=dry_run == "full", follow=bool(follow))
+
+
+@dataclass(frozen=True)
+class Once:
+    """What a command line of `synthos generate` says that is no part of a job: `out` and `device` without one."""
+
+    out: str | None  # picture file or folder
+    device: str | None
+    dry_run: bool
+    follow: bool
+
+
+def compose_generate(weights: str, arguments: Sequence[str], config_dir: Path = CONFIGS) -> tuple[GenerateConfig, Once]:
+    """Compose `configs/generate.yaml`, the chosen cluster and the overrides in `arguments`; raises as `compose`."""
+    known = {"cluster": choices(config_dir)["cluster"]}
+    overrides = [_parse(argument) for argument in arguments]
+    problems = [problem for override in overrides for problem in _override_problems(override, known, set())]
+    if problems:
+        raise ValueError("\n".join(problems))
+    composed = _compose(overrides, config_dir, "generate")
+    plain = {**_finish(composed, {"name": _name_of_weights(weights)}), "weights": _absolute(weights, Path.cwd())}
+    once = load(Once, {field.name: plain.pop(field.name, None) for field in dataclasses.fields(Once)})
+    config = load(GenerateConfig, plain)
+    _check_follow(config, once.follow)
+    requests = _absolute(config.requests, Path.cwd()) if isinstance(config.requests, str) else config.requests
+    return dataclasses.replace(config, requests=requests), once
+
+
+def _check_follow(config: JobConfig, follow: bool) -> None:
+    backend = config.cluster.backend
+    if follow and backend != "submitit":
+        raise ValueError(f"follow: true has no effect with cluster.backend={backend}; expected false")
+
+
+def _name_of_weights(weights: str) -> str:
+    """A job's name: the run and the step that its weights are of, or else what they are called."""
+    path = Path(weights).absolute()
+    step = next((p for p in (path, *path.parents) if p.parent.name in ("weights", "checkpoints")), None)
+    return file_name(f"{step.parents[1].name}-{step.name}" if step else path.stem)
+
+
+def file_name(text: str) -> str:
+    """The nearest to `text` that the name of a job or a request may be."""
+    return re.sub(r"[^A-Za-z0-9._+=-]", "_", text).lstrip("._+=-") or "picture"
 
 
 def choices(config_dir: Path = CONFIGS) -> dict[str, list[str]]:
@@ -116,28 +162,34 @@ def _missing_choice(group: str, known: Mapping[str, list[str]]) -> str:
 def _compose_for_here(overrides: list[Override], config_dir: Path) -> dict[str, Any]:
     """The composed values. Where nobody chose a cluster, it is Slurm if there is one here or if one node won't do."""
     composed = _compose(overrides, config_dir)
-    by_default = "cluster" not in {o.key_or_group for o in overrides} and composed.hydra.runtime.choices.cluster == "local"
+    by_default = (
+        "cluster" not in {o.key_or_group for o in overrides} and composed.hydra.runtime.choices.cluster == "local"
+    )
     if by_default and (shutil.which("sbatch") or composed.get("nodes") not in (None, 1)):
         composed = _compose([*overrides, _parse("cluster=slurm")], config_dir)
-    return _finish(composed)
+    chosen = composed.hydra.runtime.choices
+    with open_dict(composed):
+        composed.experiment = chosen.get("experiment")
+    name = Path(composed.experiment or chosen.recipe).name
+    return _finish(composed, {"name": name, "group": name})
 
 
-def _compose(overrides: list[Override], config_dir: Path) -> DictConfig:
+def _compose(overrides: list[Override], config_dir: Path, page: str = "run") -> DictConfig:
     try:
-        return _run_hydra(overrides, config_dir)
+        return _run_hydra(overrides, config_dir, page)
     except (HydraException, OmegaConfBaseException) as error:
         chosen = [override for override in overrides if override.key_or_group in choices(config_dir)]
         try:
-            base = OmegaConf.to_container(_run_hydra(chosen, config_dir))
+            base = OmegaConf.to_container(_run_hydra(chosen, config_dir, page))
         except (HydraException, OmegaConfBaseException) as first:  # the choice of groups itself is at fault
             raise ValueError(_first_paragraph(first)) from None
         problems = [problem for o in overrides if not o.is_add() and (problem := _key_problem(o.key_or_group, base))]
         raise ValueError("\n".join(problems) or _first_paragraph(error)) from None
 
 
-def _run_hydra(overrides: list[Override], config_dir: Path) -> DictConfig:
+def _run_hydra(overrides: list[Override], config_dir: Path, page: str) -> DictConfig:
     with hydra.initialize_config_dir(str(config_dir), version_base="1.3"):
-        return hydra.compose("run", _lines(overrides, set(choices(config_dir))), return_hydra_config=True)
+        return hydra.compose(page, _lines(overrides, set(choices(config_dir))), return_hydra_config=True)
 
 
 def _lines(overrides: list[Override], groups: set[str]) -> list[str]:
@@ -171,15 +223,12 @@ def _first_paragraph(error: Exception) -> str:
     return str(error).split("\nConfig search path")[0].strip()
 
 
-def _finish(composed: DictConfig) -> dict[str, Any]:
-    """Plain values: names and folders filled in, interpolations resolved, Hydra's own part removed."""
-    chosen = composed.hydra.runtime.choices
+def _finish(composed: DictConfig, names: Mapping[str, str]) -> dict[str, Any]:
+    """Plain values: `names` and folders filled in where none are set, interpolations resolved, Hydra's part removed."""
+    folders = {"runs_dir": CHECKOUT / "runs", "cache_dir": CHECKOUT / ".cache"}
     with open_dict(composed):
         del composed["hydra"]
-        composed.experiment = chosen.get("experiment")
-        default = Path(composed.experiment or chosen.recipe).name
-        defaults = {"name": default, "group": default, "runs_dir": CHECKOUT / "runs", "cache_dir": CHECKOUT / ".cache"}
-        for key, value in defaults.items():
+        for key, value in {**names, **folders}.items():
             composed[key] = str(value) if composed.get(key) is None else composed[key]
         for key in ("runs_dir", "cache_dir"):  # before they are interpolated into other paths
             composed[key] = _absolute(str(composed[key]), Path.cwd())
@@ -212,6 +261,7 @@ def _anchor(config: RunConfig, folder: Path) -> RunConfig:
         config,
         data=_anchor_data(config.data, folder),
         model=_anchor_model(config.model, folder),
+        init_from=_anchor_id(config.init_from, folder) if config.init_from else None,
         validate=dataclasses.replace(config.validate, requests=requests),
     )
 
@@ -227,10 +277,15 @@ def _anchor_data(data: DataConfig, folder: Path) -> DataConfig:
 
 def _anchor_model(model: ModelConfig, folder: Path) -> ModelConfig:
     def anchored(part: PartConfig) -> PartConfig:
-        path = _absolute(part.path, folder)
-        return dataclasses.replace(part, path=path) if Path(path).is_dir() else part  # else it is a hub id
+        return dataclasses.replace(part, path=_anchor_id(part.path, folder))
 
     return dataclasses.replace(model, parts={name: anchored(part) for name, part in model.parts.items()})
+
+
+def _anchor_id(name: str, folder: Path) -> str:
+    """The path from `folder` of a file or folder that is there; anything else is a hub id."""
+    path = _absolute(name, folder)
+    return path if Path(path).exists() else name
 
 
 def _absolute(path: str, folder: Path) -> str:

@@ -33,19 +33,25 @@ def _show(folder: Path, job: str) -> None:
     """Print the job's output as it grows, and what the queue says whenever that changes."""
     log = render.output(folder, job)
     screen, decoder = Screen(folder / "control" / "heartbeat.json"), codecs.getincrementaldecoder("utf-8")("replace")
-    shown, asked, said = 0, float("-inf"), ""
-    while True:
-        queued = True
+    shown, asked, said, ended = 0, float("-inf"), "", False
+    while not ended:
         if time.monotonic() - asked > QUEUE_SECONDS:
-            found, asked = slurm.queued(job), time.monotonic()
-            queued, state = found is not None, f"job {job}: {found.state} ({found.detail})\n" if found else ""
-            if state and state != said:
+            state, ended = _ask(job)
+            asked = time.monotonic()
+            if state != said:
                 said = state
                 screen.show(state)
-        text = log.read_bytes()[shown:] if log.exists() else b""
+        text = log.read_bytes()[shown:] if log.exists() else b""  # after the question, so that the end is not missed
         shown += len(text)
         screen.show(decoder.decode(text))
-        if not queued:
-            screen.close()
-            return
         time.sleep(POLL_SECONDS)
+    screen.close()
+
+
+def _ask(job: str) -> tuple[str, bool]:
+    """What the queue says of a job, as a line, and whether the job has ended."""
+    try:
+        found = slurm.queued(job)
+    except RuntimeError as error:  # a busy controller says nothing of the job
+        return f"job {job}: {error}\n", False
+    return (f"job {job}: {found.state} ({found.detail})\n", False) if found else ("", True)

@@ -1,4 +1,4 @@
-"""What Slurm is told of a job: flags, the batch script for submitit, and the line for sbatch by hand. All of it pure."""
+"""What Slurm is told of a job: flags, submitit's batch script, the line for sbatch by hand. Pure functions."""
 
 import shlex
 import sys
@@ -21,11 +21,12 @@ OWN_KEYS = {  # flags that have a key of their own
     "mem": "cluster.mem",
     "time": "cluster.time",
 }
-TRAVELS = (  # variables of the submitting shell that a job may need and that hold no secret
-    "HOME USER LOGNAME SHELL PATH LANG LC_ALL LC_CTYPE TZ TMPDIR LD_LIBRARY_PATH MODULEPATH MODULESHOME LMOD_CMD "
-    "LMOD_DIR LMOD_PKG BASH_ENV CUDA_HOME CUDA_PATH VIRTUAL_ENV CONDA_PREFIX CONDA_DEFAULT_ENV XDG_CACHE_HOME HF_HOME "
-    "HF_HUB_CACHE HF_HUB_OFFLINE TORCH_HOME SSL_CERT_FILE SSL_CERT_DIR REQUESTS_CA_BUNDLE SLURM_CONF"
-).split()
+# Variables of the submitting shell that a job may need and that hold no secret.
+TRAVELS = """
+    HOME USER LOGNAME SHELL PATH LANG LC_ALL LC_CTYPE TZ TMPDIR LD_LIBRARY_PATH MODULEPATH MODULESHOME LMOD_CMD
+    LMOD_DIR LMOD_PKG BASH_ENV CUDA_HOME CUDA_PATH VIRTUAL_ENV CONDA_PREFIX CONDA_DEFAULT_ENV XDG_CACHE_HOME HF_HOME
+    HF_HUB_CACHE HF_HUB_OFFLINE TORCH_HOME SSL_CERT_FILE SSL_CERT_DIR REQUESTS_CA_BUNDLE SLURM_CONF
+"""
 
 
 def flags(config: JobConfig, folder: Path) -> Flags:
@@ -71,7 +72,9 @@ def output(folder: Path, job: str = "%j") -> Path:
 
 def batch_script(config: JobConfig, folder: Path) -> str:
     """The script that submitit submits: its job, the agent with the run folder, is pickled in the folder `slurm`."""
-    lines = [f"#SBATCH {_flag(key, value and shlex.quote(value))}" for key, value in sorted(flags(config, folder).items())]
+    lines = [
+        f"#SBATCH {_flag(key, value and shlex.quote(value))}" for key, value in sorted(flags(config, folder).items())
+    ]
     setup = ["", *config.cluster.setup] if config.cluster.setup else []
     command = [*srun(config), python(config.cluster), "-u", "-m", "submitit.core._submit", str(folder / "slurm")]
     return "\n".join(["#!/bin/bash", *lines, *setup, "", "export SUBMITIT_EXECUTOR=slurm", shlex.join(command), ""])
@@ -113,7 +116,7 @@ def clean(cluster: ClusterConfig, environment: Mapping[str, str]) -> list[str]:
 
 def travelling(cluster: ClusterConfig, environment: Mapping[str, str]) -> list[str]:
     """The variables of `environment` that a job gets."""
-    return [name for name in dict.fromkeys([*TRAVELS, *cluster.environment]) if name in environment]
+    return [name for name in dict.fromkeys([*TRAVELS.split(), *cluster.environment]) if name in environment]
 
 
 def python(cluster: ClusterConfig) -> str:

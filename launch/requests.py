@@ -1,8 +1,8 @@
-"""The pictures that validation is asked for: read strictly at submission, so that no run fails on them hours later."""
+"""The pictures that are asked for: read strictly at submission, so that no job fails on them hours later."""
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +15,45 @@ SPLIT_PREFIX = "split_"  # of the names that `validate.from_split` gives its req
 
 
 def load_requests(config: RunConfig, recipe: Any) -> list[dict[str, Any]]:
-    """`validate.requests` as complete mappings of the recipe's Request, pictures by absolute path.
+    """`validate.requests` of a run, as `read_requests` gives them."""
+    return read_requests(config.validate.requests, recipe, "validate.requests", config.validate.from_split)
+
+
+def read_requests(
+    asked: str | list[dict[str, Any]] | None,
+    recipe: Any,
+    key: str,
+    from_split: int = 0,
+    filling: Mapping[str, Any] | None = None,
+) -> list[dict[str, Any]]:
+    """Requests as complete mappings of the recipe's Request, pictures by absolute path.
 
     Paths in a JSONL file are taken from its folder, others from the current one. Raises ValueError, in one message,
     naming each wrong line with what is wrong.
+
+    Args:
+        asked: a list of mappings, or a JSONL file.
+        recipe: the recipe's class.
+        key: of the config, for messages.
+        from_split: with which names are reserved for held-out samples.
+        filling: fields of every request that does not set them itself.
     """
-    rows, folder = _rows(config.validate.requests)
+    rows, folder = _rows(asked, key)
     problems: list[str] = []
     requests = []
     for path, row in rows:
         try:
-            request = _absolute_pictures(load(recipe.Request, row, path), folder)
+            given = {**(filling or {}), **row} if isinstance(row, Mapping) else row
+            request = _absolute_pictures(load(recipe.Request, given, path), folder)
         except ValueError as error:
             problems.append(str(error))
             continue
         problems += _problems(request, recipe.size_multiple, path)
-        problems += _reserved(request.name, config.validate.from_split, path)
+        problems += _reserved(request.name, from_split, path)
         requests.append(request)
     names = [request.name for request in requests]
     repeated = sorted({name for name in names if names.count(name) > 1})
-    problems += [f"validate.requests: the name {name!r} is used more than once" for name in repeated]
+    problems += [f"{key}: the name {name!r} is used more than once" for name in repeated]
     if problems:
         raise ValueError("\n".join(problems))
     return [dataclasses.asdict(request) for request in requests]
@@ -45,22 +64,22 @@ def picture_fields(request: dict[str, Any]) -> dict[str, Path]:
     return {k: Path(value) for k, value in request.items() if k.startswith("reference") and isinstance(value, str)}
 
 
-def _rows(requests: str | list[dict[str, Any]] | None) -> tuple[list[tuple[str, Any]], Path]:
+def _rows(requests: str | list[dict[str, Any]] | None, key: str) -> tuple[list[tuple[str, Any]], Path]:
     """Each request with the name it has in messages, and the folder that relative pictures are in."""
     if not isinstance(requests, str):
-        return [(f"validate.requests[{i}]", row) for i, row in enumerate(requests or [])], Path.cwd()
+        return [(f"{key}[{i}]", row) for i, row in enumerate(requests or [])], Path.cwd()
     file = Path(requests)
     if not file.is_file():
-        raise ValueError(f"validate.requests: {requests} is no file; expected a list, or a JSONL file")
+        raise ValueError(f"{key}: {requests} is no file; expected a list, or a JSONL file")
     lines = [(number, line) for number, line in enumerate(file.read_text().splitlines(), 1) if line.strip()]
-    return [(f"{file.name}:{number}", _parse(line, file, number)) for number, line in lines], file.parent
+    return [(f"{file.name}:{number}", _parse(line, file, number, key)) for number, line in lines], file.parent
 
 
-def _parse(line: str, file: Path, number: int) -> Any:
+def _parse(line: str, file: Path, number: int, key: str) -> Any:
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"validate.requests: {file}, line {number} is no JSON: {error}") from None
+        raise ValueError(f"{key}: {file}, line {number} is no JSON: {error}") from None
 
 
 def _absolute_pictures(request: Any, folder: Path) -> Any:

@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from launch.requests import picture_fields
 from synthos.run import read_verdict
-from synthos.schema import RunConfig, write_config
+from synthos.schema import GenerateConfig, JobConfig, RunConfig, write_config
 from synthos.train.checkpoint import is_whole
 
 STEP = re.compile(r"step_(\d+)")
@@ -46,7 +46,7 @@ class RunState:
         return self.verdict.get("status") == "done"
 
 
-def run_folder(config: RunConfig, sig8: str) -> Path:
+def run_folder(config: JobConfig, sig8: str) -> Path:
     """Where the run with this signature lies, whether it exists or not."""
     return Path(config.runs_dir) / config.group / f"{config.name}-{sig8}"
 
@@ -99,7 +99,7 @@ def _unlockable(path: Path | str, error: OSError) -> ValueError:
     return ValueError(f"runs_dir: {path} can't be locked: {error.strerror}; expected a folder that can be written to")
 
 
-def open_folder(folder: Path, config: RunConfig, command: Sequence[str], checkout: Path) -> None:
+def open_folder(folder: Path, config: JobConfig, command: Sequence[str], checkout: Path) -> None:
     """Write what the ranks will read: provenance and pictures once, then the config.
 
     The config is written again when the run continues, since what is no part of its identity (machines, micro-batch,
@@ -112,7 +112,7 @@ def open_folder(folder: Path, config: RunConfig, command: Sequence[str], checkou
         part.mkdir()
         write_provenance(part, command, checkout)
         part.rename(provenance)
-    frozen = dataclasses.replace(config, validate=_copy_pictures(config, folder))
+    frozen = _with_own_pictures(config, folder)
     temporary = folder / ".config.yaml.part"
     write_config(frozen, temporary)
     temporary.replace(folder / "config.yaml")
@@ -147,16 +147,24 @@ def _git(checkout: Path, *arguments: str) -> bytes | None:
     return done.stdout if done.returncode == 0 else None
 
 
-def _copy_pictures(config: RunConfig, folder: Path) -> Any:
-    """The validation config with its requests' pictures copied, and named relative to the run folder."""
-    requests = [dict(request) for request in config.validate.requests or [] if isinstance(request, dict)]
+def _with_own_pictures(config: JobConfig, folder: Path) -> JobConfig:
+    """The config with its requests' pictures copied, and named relative to the run folder."""
+    if isinstance(config, GenerateConfig):
+        return dataclasses.replace(config, requests=_copy_pictures(config.requests, folder))
+    assert isinstance(config, RunConfig)
+    validate = dataclasses.replace(config.validate, requests=_copy_pictures(config.validate.requests, folder))
+    return dataclasses.replace(config, validate=validate)
+
+
+def _copy_pictures(asked: Any, folder: Path) -> list[dict[str, Any]]:
+    requests = [dict(request) for request in asked or []]
     for request in requests:
         for key, picture in picture_fields(request).items():
             copy = Path("requests") / f"{request['name']}.{key}{picture.suffix}"
             (folder / "requests").mkdir(exist_ok=True)
             shutil.copyfile(picture, folder / copy)
             request[key] = str(copy)
-    return dataclasses.replace(config.validate, requests=requests)
+    return requests
 
 
 def _steps(folder: Path) -> list[tuple[int, Path]]:

@@ -13,7 +13,7 @@ from synthos.schema import JobConfig
 
 TIMEOUT_SECONDS = 60  # a busy controller answers late
 # What a job can no longer leave: man squeue, JOB STATE CODES.
-ENDED = "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY REVOKED TIMEOUT".split()
+ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT"}
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def newest_job(folder: Path) -> Queued | None:
 
 
 def look(config: JobConfig, folder: Path) -> tuple[list[str], list[str]]:
-    """What keeps Slurm from taking the job of the run in `folder`, which need not exist, and what else it says of it."""
+    """What keeps Slurm from taking the job of the run in `folder`, which need not exist; what else it says of it."""
     if config.cluster.backend not in ("submitit", "sbatch"):
         return [], []
     if not shutil.which("sbatch"):
@@ -53,10 +53,14 @@ def look(config: JobConfig, folder: Path) -> tuple[list[str], list[str]]:
             "cluster, or use cluster=local nodes=1 on this machine"
         )
         return ([needs] if config.cluster.backend == "submitit" else []), []  # by hand it may be elsewhere
-    taken, answer = would_take(config, folder)
+    try:
+        taken, answer = would_take(config, folder)
+        others = [] if taken else [*_too_many_gpus(config)]
+    except RuntimeError as error:
+        return [f"cluster: {error}"], []
     if taken:
         return [], [f"Slurm: {answer}"]
-    return [*_too_many_gpus(config), f"cluster: Slurm would not take this job: {answer}"], []
+    return [*others, f"cluster: Slurm would not take this job: {answer}"], []
 
 
 def _too_many_gpus(config: JobConfig) -> Iterator[str]:

@@ -27,7 +27,11 @@ def start(config: JobConfig, folder: Path, prepare: Callable[[], None], followin
         except ValueError as error:  # the one fault of the user that only trying tells
             print(f"error: {error}", file=sys.stderr)
             return 2
-        queued = slurm.newest_job(folder)
+        try:
+            queued = slurm.newest_job(folder)
+        except RuntimeError as error:  # nothing is started that may be running already
+            print(f"error: whether {folder} has a job already is not known: {error}", file=sys.stderr)
+            return 1
         if queued:
             print(f"{folder} has job {queued.job} already, {queued.state} ({queued.detail})", file=sys.stderr)
         elif lock is None:

@@ -1,29 +1,30 @@
-"""Exported weights and requests to pictures: `synthos.load(path).generate(...)` and `synthos generate`.
+"""Trained weights and requests to pictures, in Python.
 
-synthos generate weights=runs/i2i/i2i-1a2b3c4d/weights/step_00002000 reference=me.jpg prompt='a red barn' out=barn.png
+    import synthos
+
+    generator = synthos.load("runs/i2i/i2i-1a2b3c4d/weights/step_00002000")
+    picture = generator.generate("a red barn", reference="me.jpg", steps=30, seed=3)  # a PIL image
+
+`synthos generate` is the same from the command line, here or as a job on a cluster (`synthos/generate_job.py`).
 """
 
-import dataclasses
-import json
-import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
 from synthos.batch import Features
-from synthos.build import build_recipe, fill_frozen, recipe_class
+from synthos.build import build_recipe, fill_frozen
 from synthos.models.parts import Models
-from synthos.recipes.base import Recipe
-from synthos.schema import ModelConfig, unknown
+from synthos.recipes.base import Encoded, Images, Recipe, group_rows
 from synthos.schema import load as load_schema
-from synthos.train.distributed import fill_whole
-from synthos.train.export import ABOUT_FILE, DIFFUSERS_FILE, FORMAT, NULL_FILE, TRAINED_FILE
+from synthos.train.distributed import choose_dtype, fill_whole
 from synthos.train.pictures import to_image
 from synthos.train.validate import sample
+from synthos.weights import Source, find_source
 
 CACHE = Path(__file__).parents[1] / ".cache"
 
@@ -36,6 +37,7 @@ class Generator:
         recipe: the recipe, its modules on `device`.
         null: its null conditions, as in training.
         size: (height, width) of training in pixels; the default of a request.
+        device: where pictures are made.
     """
 
     recipe: Recipe
@@ -43,7 +45,6 @@ class Generator:
     size: tuple[int, int]
     device: torch.device
 
-    @torch.no_grad()
     def generate(self, prompt: str = "", reference: str | Path | None = None, **options: Any) -> Image.Image:
         """One picture, height x width, 8-bit RGB.
 
@@ -59,131 +60,98 @@ class Generator:
         given = {"name": "picture", "prompt": prompt, **options}
         if reference is not None:
             given["reference"] = str(reference)
-        return self.generate_all([load_schema(self.recipe.Request, given, "request")])[0]
+        return self.generate_all([given])[0]
+
+    def generate_all(self, requests: list[Any], micro: int = 1) -> list[Image.Image]:
+        """One picture per request, in order, each of its own height x width, 8-bit RGB.
+
+        Args:
+            requests: of the recipe's Request, or mappings of its fields, of which `name` is the only one that must be
+                given.
+            micro: pictures in one call of the network, all of equal size, steps and sampler. More than one may be
+                faster where pictures are small, and may change a picture's last bits; alone, it is the same in
+                whatever company it was asked for.
+
+        Raises:
+            ValueError: a field that is unknown, or whose value the recipe does not allow, as with `generate`.
+        """
+        asked = [self.request(request, f"requests[{row}]") for row, request in enumerate(requests)]
+        pictures = dict(self.each(asked, micro))
+        return [pictures[row] for row in range(len(asked))]
+
+    def each(self, requests: list[Any], micro: int = 1) -> Iterator[tuple[int, Image.Image]]:
+        """The pictures of `generate_all` as they are made: row of the request and picture, in an order of their own."""
+        for group in group_rows([self.recipe.setting(request, self.size) for request in requests]):
+            for rows in (group[i : i + micro] for i in range(0, len(group), micro)):
+                for row, image in zip(rows, self.sample([requests[row] for row in rows]), strict=True):
+                    yield row, to_image(image)
+
+    def request(self, given: Any, path: str) -> Any:
+        """A Request from a mapping of its fields; `path` names it in messages. A Request stays what it is."""
+        return load_schema(self.recipe.Request, given, path) if isinstance(given, Mapping) else given
 
     @torch.no_grad()
-    def generate_all(self, requests: list[Any]) -> list[Image.Image]:
-        """One picture per request, in order; requests of equal settings share a batch."""
-        for request in requests:
-            if getattr(request, "reference", None) is not None and not Path(request.reference).is_file():
-                raise ValueError(f"request {request.name!r}: reference {request.reference!r} is no file")
-        encoded = self.recipe.encode_requests(requests, self.size)
-        pictures: dict[int, Image.Image] = {}
-        for rows in encoded.groups():
-            images = sample(self.recipe, encoded.select(rows, self.device), self.null, self.device)
-            pictures |= {row: to_image(image) for row, image in zip(rows, images, strict=True)}
-        return [pictures[row] for row in range(len(requests))]
+    def sample(self, requests: list[Any]) -> Images:
+        """Pictures of requests that can share a batch, in one call of `recipe.sample`: float32 [R, 3, H, W] in [0, 1].
+
+        Each request is encoded by itself, so that it means the same in any company.
+        """
+        encoded = Encoded.join([self.recipe.encode_requests([request], self.size) for request in requests])
+        rows = list(range(len(requests)))
+        return sample(self.recipe, encoded.select(rows, self.device), self.null, self.device)
 
 
-def load(path: str | Path, device: str | None = None, dtype: str | None = None) -> Generator:
-    """Load exported weights (`weights/step_N`) for generation.
+def load(
+    path: str | Path, device: str | None = None, dtype: str | None = None, average: bool | None = None
+) -> Generator:
+    """Load trained weights for generation.
 
     Args:
-        path: the folder that holds synthos.json.
+        path: `weights/step_N` of a run, one of its safetensors files (elsewhere with synthos.json and
+            null.safetensors beside it), or `checkpoints/step_N`.
         device: e.g. "cuda:1"; default: a GPU if there is one.
         dtype: "bf16" or "fp32" of network and encoders; default: bf16 on a GPU, fp32 on the CPU.
+        average: True for averaged weights, False for raw ones; default: what an export holds, and a checkpoint's
+            average if it has one.
 
     Raises:
-        ValueError: the folder lacks a file, or its tensors are not exactly those the recipe trains.
+        ValueError: `path` is no such thing or lacks a file, or its tensors are not exactly those the recipe trains.
     """
-    folder = Path(path)
-    about = _read_about(folder)
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    kind = _dtype(dtype, place)
-    model = load_schema(ModelConfig, _with_export(about, folder))
-    cache = Path(about["cache_dir"])
-    models = Models(model, cache if cache.is_dir() else CACHE)
-    recipe = build_recipe(about["recipe"], models)
-    recipe.compute_dtype = kind
-    tensors = models.tensors(recipe.network)
-    if not about["complete"]:
-        trained = load_file(folder / about["part"] / TRAINED_FILE)
-        _check_names(folder, set(trained), {n for n, p in recipe.network.named_parameters() if p.requires_grad})
-        tensors |= {name: lambda value=value: value for name, value in trained.items()}  # type: ignore[misc]
-    fill_whole(recipe.network, tensors, place, kind)
+    source = find_source(Path(path), average)
+    place = choose_device(device)
+    kind = choose_dtype(dtype, place)
+    recipe, models = open_recipe(source, CACHE)
+    return fill(source, recipe, models, place, kind)
+
+
+def open_recipe(source: Source, cache_dir: Path) -> tuple[Recipe, Models]:
+    """The recipe that weights belong to, its network on the meta device and told what it starts from.
+
+    `cache_dir` holds tiny parts where the folder that the run had is not on this machine. Raises ValueError for tensors
+    that are not exactly those the recipe trains.
+    """
+    models = Models(source.model, source.cache_dir if source.cache_dir.is_dir() else cache_dir)
+    recipe = build_recipe(source.recipe, models)
+    source.start(recipe.network, models)
+    return recipe, models
+
+
+def fill(source: Source, recipe: Recipe, models: Models, device: torch.device, dtype: torch.dtype) -> Generator:
+    """Give an open recipe its weights: every tensor whole, on this process's device."""
+    recipe.compute_dtype = dtype
+    fill_whole(recipe.network, models.tensors(recipe.network), device, dtype)
     recipe.network.eval().requires_grad_(False)
-    fill_frozen(recipe, models, place, kind)
-    null = {name: value.to(place) for name, value in load_file(folder / NULL_FILE).items()}
-    return Generator(recipe, null, (about["height"], about["width"]), place)
+    fill_frozen(recipe, models, device, dtype)
+    null = {name: value.to(device) for name, value in source.null().items()}
+    return Generator(recipe, null, source.size, device)
 
 
-def main(argv: list[str]) -> int:
-    """`synthos generate key=value ...`: weights, out, device, dtype, and the fields of the recipe's Request."""
-    if not argv or argv[0] in ("-h", "--help"):
-        print(__doc__)
-        return 0
-    given = dict(_split(argument) for argument in argv)
-    for key in ("weights", "out"):
-        if key not in given:
-            raise ValueError(
-                f"{key}: missing; synthos generate weights=FOLDER out=FILE.png [prompt=...] [reference=FILE]"
-            )
-    weights, out = Path(given.pop("weights")), Path(given.pop("out"))
-    if out.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"out: {str(out)!r} is not allowed; expected a picture file, as in {out.stem}.png")
-    device, dtype = given.pop("device", None), given.pop("dtype", None)
-    request = parse_request(recipe_class(_read_about(weights)["recipe"]["name"]).Request, {"name": out.stem, **given})
-    picture = load(weights, device, dtype).generate_all([request])[0]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(out)
-    print(f"{out}  {picture.width} x {picture.height}", file=sys.stderr)
-    return 0
-
-
-def parse_request(cls: Any, given: dict[str, str]) -> Any:
-    """A Request from texts: numbers where its fields are numbers, all else verbatim."""
-    hints = get_type_hints(cls)
-    allowed = [f.name for f in dataclasses.fields(cls)]
-    values: dict[str, Any] = {}
-    for key, text in given.items():
-        if key not in allowed:
-            raise ValueError(f"{key}: unknown; {unknown(key, ['weights', 'out', 'device', 'dtype', *allowed])}")
-        kinds = {hints[key], *get_args(hints[key])}
-        number = next((kind for kind in (int, float) if kind in kinds), None)
-        try:
-            values[key] = number(text) if number else text
-        except ValueError:
-            raise ValueError(f"{key}: {text!r} is not allowed; expected a number") from None
-    return load_schema(cls, values, "request")
-
-
-def _split(argument: str) -> tuple[str, str]:
-    key, sign, value = argument.partition("=")
-    if not sign:
-        raise ValueError(f"{argument!r}: expected key=value")
-    return key, value
-
-
-def _read_about(folder: Path) -> dict[str, Any]:
-    """synthos.json of an export, with every file that it implies present."""
-    if not (folder / ABOUT_FILE).is_file():
-        raise ValueError(f"weights: {folder} lacks {ABOUT_FILE}; expected a folder like weights/step_00002000 of a run")
-    about: dict[str, Any] = json.loads((folder / ABOUT_FILE).read_text())
-    if about.get("format") != FORMAT:
-        raise ValueError(f"weights: {folder} has format {about.get('format')}, this version reads {FORMAT}")
-    files = ("config.json", DIFFUSERS_FILE) if about["complete"] else (TRAINED_FILE,)
-    absent = [f for f in (*(f"{about['part']}/{f}" for f in files), NULL_FILE) if not (folder / f).is_file()]
-    if absent:
-        raise ValueError(f"weights: {folder} lacks {', '.join(absent)}")
-    return about
-
-
-def _with_export(about: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The model's parts with the exported network in place of its base, where it was exported whole."""
-    if not about["complete"]:
-        return dict(about["model"])
-    parts = {**about["model"].get("parts", {}), about["part"]: {"path": str(folder / about["part"])}}
-    return {**about["model"], "parts": parts}
-
-
-def _check_names(folder: Path, found: set[str], expected: set[str]) -> None:
-    if found != expected:
-        odd = sorted(found ^ expected)
-        raise ValueError(f"weights: {folder} does not hold exactly what the recipe trains; first difference {odd[0]!r}")
-
-
-def _dtype(name: str | None, device: torch.device) -> torch.dtype:
-    kinds = {"bf16": torch.bfloat16, "fp32": torch.float32}
-    if name is not None and name not in kinds:
-        raise ValueError(f"dtype: {name!r} is not allowed; expected one of {', '.join(kinds)}")
-    return kinds[name or ("bf16" if device.type == "cuda" else "fp32")]
+def choose_device(name: str | None) -> torch.device:
+    """The named device, or a GPU if there is one. Raises ValueError for one that is not here."""
+    gpus = torch.cuda.device_count()
+    if name is None:
+        return torch.device("cuda" if gpus else "cpu")
+    allowed = ["cpu", *(["cuda"] if gpus else []), *(f"cuda:{index}" for index in range(gpus))]
+    if name not in allowed:
+        raise ValueError(f"device: {name!r} is not allowed; expected one of {', '.join(allowed)}")
+    return torch.device(name)

@@ -109,6 +109,7 @@ class ClusterConfig:
     backend: Literal["debug", "local", "submitit", "sbatch"]
     device: Literal["auto", "cpu", "cuda"]
     threads: int | None  # intra-op CPU threads per rank; default: the machine's cores divided by its ranks
+    gpu_memory_gb: float | None  # 10^9 bytes that a rank may count on; default: what its device has
     launcher: Literal["torchrun", "srun"] = "torchrun"  # one agent per node and its torchrun, or one task per rank
     partition: str | None = None
     account: str | None = None
@@ -150,7 +151,9 @@ class RunConfig(JobConfig):
     """Everything one training run is made of; frozen in its folder as config.yaml."""
 
     seed: int
-    mesh: Literal["auto", "replicate", "hybrid", "full"]
+    init_from: str | None  # weights to start from: an export of a run, a safetensors file or folder, or a hub id
+    mesh: Literal["auto", "replicate", "hybrid", "full"]  # of the network
+    encoders: Literal["auto", "replicate", "full"]
     precision: Literal["bf16", "fp32"]  # of the computation; trained weights are always fp32
     activation_checkpointing: bool
     batch: BatchConfig
@@ -170,6 +173,21 @@ class RunConfig(JobConfig):
         return self.batch.size // (self.batch.micro * self.ranks)
 
 
+@dataclass(frozen=True)
+class GenerateConfig(JobConfig):
+    """Pictures to make with trained weights; frozen in the job's folder as config.yaml."""
+
+    weights: str  # weights/step_N of a run, a .safetensors file of one, or checkpoints/step_N
+    average: bool | None  # averaged weights or raw ones; default: what an export holds, a checkpoint's average if any
+    requests: str | list[dict[str, Any]] | None  # list, or a JSONL file, of the recipe's Request
+    dtype: Literal["bf16", "fp32"] | None  # of network and encoders; default: bf16 on a GPU, fp32 on the CPU
+    micro: int  # pictures in one call of the network; above 1 it may change a picture's last bits
+    grid: int  # columns of grid.png, references above pictures; 0: none
+
+
+STAGES: dict[str, type[JobConfig]] = {"train": RunConfig, "generate": GenerateConfig}
+
+
 def load(cls: type[T], mapping: Mapping[str, Any], path: str = "") -> T:
     """Convert `mapping` to the dataclass `cls`; nothing is guessed and nothing is ignored.
 
@@ -186,6 +204,12 @@ def load(cls: type[T], mapping: Mapping[str, Any], path: str = "") -> T:
 def read_config(cls: type[T], path: Path) -> T:
     """The frozen config of a run folder."""
     return load(cls, yaml.safe_load(path.read_text()))
+
+
+def read_job(path: Path) -> JobConfig:
+    """The frozen config of a run folder, of whatever stage."""
+    plain = yaml.safe_load(path.read_text())
+    return load(STAGES[plain["stage"]], plain)
 
 
 def write_config(value: Any, path: Path) -> None:

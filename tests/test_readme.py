@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from launch.ask import check_keys, parse_fields, request_fields
 from launch.check import value_problems
-from launch.compose import compose
+from launch.compose import compose, compose_generate
 from synthos.build import recipe_class, recipe_config
-from synthos.generate import parse_request
 from synthos.recipes.i2i import I2IRequest
 from tests.support import ROOT
 
@@ -41,6 +41,8 @@ def test_command_is_understood(page: str, command: str, tmp_path: Path, monkeypa
         assert done.returncode == 0, done.stderr
     elif words[0] == ".":
         assert words[1:] == [".venv/bin/activate"]
+    elif command in ("python -m venv .venv", ".venv/bin/pip install -c constraints.txt -e ."):
+        assert (ROOT / "constraints.txt").is_file()  # the Makefile installs just so
     elif words[:2] == ["python", "launch/submit.py"]:
         monkeypatch.chdir(tmp_path)
         config = compose([w.replace("recipe=<name>", "recipe=i2i") for w in words[2:]]).config
@@ -51,9 +53,12 @@ def test_command_is_understood(page: str, command: str, tmp_path: Path, monkeypa
         assert _parser().parse_args(words[3:]).images
     else:
         assert words[:2] == ["synthos", "generate"], command
-        given = dict(w.split("=", 1) for w in words[2:])
-        assert given.pop("weights") and given.pop("out")
-        assert parse_request(I2IRequest, {"name": "x", **given})
+        given, fields = dict(w.split("=", 1) for w in words[2:]), request_fields(recipe_class("i2i"))
+        check_keys(given, fields)
+        assert "weights" in given and ("out" in given) != ("cluster" in given)
+        parse_fields(I2IRequest, {k: v for k, v in given.items() if k in fields})
+        monkeypatch.chdir(tmp_path)
+        compose_generate(given["weights"], [w for w in words[2:] if w.split("=")[0] not in (*fields, "weights")])
 
 
 def test_links_lead_somewhere() -> None:

@@ -8,7 +8,8 @@ from typing import Any, Literal
 import pytest
 import yaml
 
-from synthos.schema import RunConfig, dump, load, read_config, unknown, write_config
+from launch.compose import Once
+from synthos.schema import GenerateConfig, RunConfig, dump, load, read_config, unknown, write_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -119,6 +120,13 @@ def test_run_yaml_and_the_dataclasses_list_the_same_keys() -> None:
     for name, kind in kinds.items():
         if name not in groups and dataclasses.is_dataclass(kind):
             assert set(root[name]) == {f.name for f in dataclasses.fields(kind)}, name
+
+
+def test_generate_yaml_lists_the_keys_of_its_dataclasses() -> None:
+    root = yaml.safe_load((CONFIGS / "generate.yaml").read_text())
+    assert [entry for entry in root.pop("defaults") if entry != "_self_"] == [{"cluster": "debug"}]
+    keys = {f.name for cls in (GenerateConfig, Once) for f in dataclasses.fields(cls)}
+    assert {*root, "cluster"} == keys
 
 
 @pytest.mark.parametrize("group", ["optim", "cluster", "data"])

@@ -2,11 +2,15 @@
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
 from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
 
@@ -95,6 +99,26 @@ def is_whole(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     return all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in sizes.items())
+
+
+def read_tensors(folder: Path, prefix: str) -> dict[str, Tensor]:
+    """The tensors of a checkpoint whose names start with `prefix`, whole, on the CPU, named without it.
+
+    Each process reads for itself, whether it is one of several ranks or stands alone.
+    """
+    sizes = stored_sizes(folder, prefix)
+    found: dict[str, Any] = {f"{prefix}{name}": torch.empty(size) for name, size in sizes.items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # this is what is asked for
+        load_sharded(found, checkpoint_id=folder, no_dist=True)
+    return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+
+
+def stored_sizes(folder: Path, prefix: str) -> dict[str, torch.Size]:
+    """The shapes of the tensors that `read_tensors` would read; all of them are float32."""
+    stored = FileSystemReader(folder).read_metadata().state_dict_metadata
+    tensors = {name: about.size for name, about in stored.items() if isinstance(about, TensorStorageMetadata)}
+    return {name.removeprefix(prefix): size for name, size in tensors.items() if name.startswith(prefix)}
 
 
 def _write_counters(folder: Path, counters: str) -> None:

@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 MARGIN = 8  # pixels
+LINE = 18  # pixels that a line of text takes
 
 
 def to_image(picture: Tensor) -> Image.Image:
@@ -44,6 +45,35 @@ def grid(rows: list[list[Tensor]], gap: int = 4, scale: int = 1) -> Image.Image:
             sheet[top : top + height, left : left + width] = np.asarray(to_image(picture))
     image = Image.fromarray(sheet)
     return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+
+
+def sheet(cells: list[tuple[Image.Image, Path | None, str]], columns: int) -> Image.Image:
+    """Pictures in rows of `columns`, each with its name under it and, where any has one, its reference above it.
+
+    Args:
+        cells: picture, reference file, name. Pictures may differ in size: each is centred in its cell.
+        columns: at most so many pictures in a row; small pictures are enlarged.
+    """
+    width, height = max(p.width for p, _, _ in cells), max(p.height for p, _, _ in cells)
+    scale = max(1, 192 // height)
+    levels = 2 if any(reference for _, reference, _ in cells) else 1
+    cell = (width * scale + MARGIN, levels * (height * scale + MARGIN) + LINE + MARGIN)
+    columns = min(columns, len(cells))
+    page = Image.new("RGB", (columns * cell[0] + MARGIN, -(-len(cells) // columns) * cell[1] + MARGIN), "white")
+    font = ImageFont.load_default(size=14)
+    for index, (picture, reference, name) in enumerate(cells):
+        left, top = MARGIN + index % columns * cell[0], MARGIN + index // columns * cell[1]
+        tiles = [picture] if levels == 1 else [_like(Image.open(reference), picture) if reference else None, picture]
+        for tile in tiles:
+            if tile:
+                shown = tile.resize((tile.width * scale, tile.height * scale), Image.Resampling.NEAREST)
+                page.paste(shown, (left + (cell[0] - MARGIN - shown.width) // 2, top))
+            top += height * scale + MARGIN
+        while font.getlength(name) > cell[0] - MARGIN:
+            name = name[:-1]
+        middle = left + (cell[0] - MARGIN - font.getlength(name)) // 2
+        ImageDraw.Draw(page).text((middle, top - MARGIN // 2), name, fill="black", font=font)
+    return page
 
 
 def _like(reference: Image.Image, made: Image.Image) -> Image.Image:

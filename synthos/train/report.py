@@ -1,6 +1,5 @@
 """What a run says of itself: metrics.jsonl, W&B, pictures, a progress line, a heartbeat, the trace of its samples."""
 
-import dataclasses
 import json
 import netrc
 import os
@@ -17,7 +16,7 @@ from torch import Tensor
 from synthos.schema import RunConfig, dump
 from synthos.train.distributed import World
 from synthos.train.pictures import card, to_image
-from synthos.train.progress import Beat, ProgressLine
+from synthos.train.progress import Beat, ProgressLine, write_heartbeat
 from synthos.train.validate import Validation
 
 TRACE = np.dtype([("step", "<u8"), ("id", "<u8")])  # one row per consumed sample, in data/trace-rank-*.bin
@@ -169,11 +168,7 @@ class Report:
             self._say(f"step {step}/{self.last_step}  {beat}")
         if now - self.beat > self.HEARTBEAT_SECONDS:
             self.beat = now
-            self._heartbeat(beat)
-
-    def _heartbeat(self, beat: Beat) -> None:
-        told = {"time": time.time(), "attempt": self.attempt, **dataclasses.asdict(beat)}
-        _write_whole(self.folder / "control" / "heartbeat.json", json.dumps(told).encode())
+            write_heartbeat(self.folder, self.attempt, beat)
 
     def _say(self, line: str) -> None:
         if self.progress:

@@ -41,7 +41,7 @@ class Validator:
         recipe, world, null: as in training.
         held_out: the validation split; its first `samples` are used.
         requests: pictures to make.
-        micro: samples per forward pass.
+        micro: samples per forward pass of the loss.
         seed: of the validation noise.
     """
 
@@ -84,7 +84,7 @@ class Validator:
         """
         total = min(self.samples, len(self.held_out))
         grid = torch.zeros(total, FixedDraws.NUM_T, dtype=torch.float64)
-        for rows in _deal(total, self.world, self.micro):
+        for rows in deal(total, self.world, self.micro):
             if stop and stop.agreed():
                 return None
             kept = [row % total for row in rows]  # ranks make equally many calls: padding repeats a row
@@ -104,7 +104,7 @@ class Validator:
         """One picture per request, by its name; on rank 0. None if a stop was asked for."""
         made: dict[str, Tensor] = {}
         for group in self.requests.groups():
-            for rows in _deal(len(group), self.world, self.micro):
+            for rows in deal(len(group), self.world, 1):  # alone, a picture does not depend on its company
                 if stop and stop.agreed():
                     return None
                 mine = [group[row % len(group)] for row in rows]
@@ -139,7 +139,7 @@ def gather_pictures(made: dict[str, Tensor], world: World) -> dict[str, Tensor]:
     return {name: picture for part in gathered or [] for name, picture in part.items()}
 
 
-def _deal(total: int, world: World, micro: int) -> list[list[int]]:
+def deal(total: int, world: World, micro: int) -> list[list[int]]:
     """This rank's rows in calls of at most `micro`: equally many on every rank, so rows >= total are padding."""
     share = -(-total // world.size)
     mine = list(range(world.rank * share, (world.rank + 1) * share))

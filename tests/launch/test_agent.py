@@ -12,6 +12,9 @@ import pytest
 
 from launch import agent
 from launch.compose import CHECKOUT, compose
+from launch.place import Meeting, Place
+from synthos.schema import JobConfig
+from synthos.train.torchrun import torchrun_flags
 
 BASE = ("recipe=i2i", "model=tiny", "data=photos", "cluster=local")
 # A parent whose child has a session of its own, as a rank of torchrun has; it prints the child's id.
@@ -40,20 +43,68 @@ def eventually(condition, seconds: float = 20.0) -> bool:
     return bool(condition())
 
 
+def job(*overrides: str) -> JobConfig:
+    return compose([*BASE, *overrides]).config
+
+
 def test_the_command_starts_a_rank_per_device() -> None:
-    config = compose([*BASE, "gpus_per_node=3"]).config
-    command = agent.torchrun(config, Path("/runs/x"))
-    assert command[:4] == [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    assert command[4:] == ["--nproc-per-node=3", "-m", "synthos.run", "/runs/x"]
+    command = agent.ranks_command(job("gpus_per_node=3"), Path("/runs/x"), Place(), Meeting("", 1, "localhost", 0))
+    assert command[:4] == [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=3"]
+    assert command[-4:] == ["--standalone", "-m", "synthos.run", "/runs/x"]
+
+
+def test_nodes_meet_where_the_first_says_and_only_in_their_own_start() -> None:
+    meeting = Meeting("12.1", 4, "10.0.0.7", 4001)
+    first, second = (
+        agent.ranks_command(job("cluster=slurm", "nodes=2"), Path("/runs/x"), Place("12.1", node, 2), meeting)
+        for node in (0, 1)
+    )
+    assert {"--nnodes=2", "--rdzv-endpoint=10.0.0.7:4001", "--rdzv-id=12.1"} < set(first) & set(second)
+    assert "--rdzv-conf=is_host=1" in first and "--rdzv-conf=is_host=0" in second
+
+
+def test_torchrun_is_told_to_let_ranks_save() -> None:
+    """Both flags are in the torch that is pinned; an older one is started without them."""
+    assert torchrun_flags(600) == [
+        "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2",
+        "--shutdown-timeout=600",
+    ]
+
+
+def test_without_torchrun_the_agent_gives_a_rank_its_place() -> None:
+    config = job("cluster=slurm", "cluster.launcher=srun", "nodes=2", "gpus_per_node=2")
+    place, meeting = Place("12.0", node=1, nodes=2, task=1, tasks=2), Meeting("12.0", 4, "10.0.0.7", 4001)
+    assert agent.ranks_command(config, Path("/runs/x"), place, meeting) == [
+        sys.executable, "-m", "synthos.run", "/runs/x"
+    ]  # fmt: skip
+    made = agent.environment(config, place, meeting)
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    assert [made[name] for name in names] == ["3", "1", "4", "10.0.0.7", "4001"]
 
 
 def test_ranks_share_the_cores_and_import_this_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", "/elsewhere")
-    made = agent.environment(compose([*BASE, "cluster.threads=3"]).config, 7)
+    meeting = Meeting("", 7, "localhost", 0)
+    made = agent.environment(job("cluster.threads=3"), Place(), meeting)
     assert made["OMP_NUM_THREADS"] == "3" and made["SYNTHOS_ATTEMPT"] == "7"
     assert made["PYTHONPATH"] == f"{CHECKOUT}{os.pathsep}/elsewhere"
-    many = agent.environment(compose([*BASE, "gpus_per_node=64", "batch={size: 64, micro: 1}"]).config, 1)
-    assert many["OMP_NUM_THREADS"] == str(max(1, agent.cores() // 64))
+    many = job("gpus_per_node=64", "batch={size: 64, micro: 1}")
+    assert agent.environment(many, Place(), meeting)["OMP_NUM_THREADS"] == str(max(1, agent.cores(Place()) // 64))
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "128")
+    assert agent.environment(many, Place("12.0"), meeting)["OMP_NUM_THREADS"] == "2"
+
+
+def test_an_allocation_that_is_not_the_configs_is_refused_by_name() -> None:
+    config = job("cluster=slurm", "nodes=2", "gpus_per_node=4", "batch.micro=1")
+    right = Place("12.0", nodes=2)
+    assert agent.allocation_problems(config, right, {"SLURM_GPUS_ON_NODE": "4"}) == []
+    wrong = agent.allocation_problems(config, Place("12.0", nodes=3, tasks=4), {"SLURM_GPUS_ON_NODE": "8"})
+    assert [line.split(";")[0] for line in wrong] == [
+        "nodes: the allocation has 3, config.yaml of the run says 2",
+        "tasks per node: the allocation has 4, config.yaml of the run says 1",
+        "gpus_per_node: the allocation has 8, config.yaml of the run says 4",
+    ]
+    assert agent.allocation_problems(config, right, {})[0].startswith("gpus_per_node: the allocation has 0")
 
 
 def test_output_is_shown_whole_while_it_grows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -69,7 +120,9 @@ def test_output_is_shown_whole_while_it_grows(tmp_path: Path, capsys: pytest.Cap
     assert not (tmp_path / "stop").exists()
 
 
-@pytest.mark.parametrize(("number", "cause"), [(signal.SIGINT, "interrupt"), (signal.SIGTERM, "terminate")])
+@pytest.mark.parametrize(
+    ("number", "cause"), [(signal.SIGINT, "interrupt"), (signal.SIGTERM, "terminate"), (signal.SIGUSR2, "notice")]
+)
 def test_a_signal_becomes_a_request_to_stop(tmp_path: Path, number: signal.Signals, cause: str) -> None:
     stop = tmp_path / "stop"
     obedient = f"import os, time\nwhile not os.path.exists({str(stop)!r}):\n    time.sleep(0.02)"

@@ -8,6 +8,7 @@ import pytest
 from launch.check import (
     batch_problems,
     length_problems,
+    limit_seconds,
     machine_problems,
     nearest_divisors,
     nearest_multiples,
@@ -88,6 +89,7 @@ def test_nearest_values_agree_with_a_plain_search() -> None:
         ("recipe.drop_text=1.5", "recipe.drop_text: 1.5 is not allowed; expected a probability from 0 to 1"),
         ("recipe.drop_image=-0.1", "recipe.drop_image: -0.1 is not allowed; expected a probability from 0 to 1"),
         ("optim.steps=0", "optim.steps: 0 is not allowed; expected a number above 0"),
+        ("cluster.gpu_memory_gb=0", "cluster.gpu_memory_gb: 0.0 is not allowed; expected a number above 0"),
         (
             "optim.epochs=2",
             "optim.steps, optim.epochs: both are set (2000 and 2.0); expected exactly one, the other null",
@@ -154,3 +156,43 @@ def test_recipe_values_of_a_wrong_type_do_not_get_this_far() -> None:
     wrong: dict[str, Any] = {**config().recipe, "drop_text": "often"}
     with pytest.raises(ValueError, match=r"^recipe\.drop_text: 'often' is not allowed; expected a number$"):
         recipe_config(wrong)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["cluster=slurm", "cluster.time='25'"], ""),
+        (["cluster=slurm", "cluster.time=soon"], "cluster.time: 'soon' is not allowed; expected D-HH:MM:SS, HH:MM:SS"),
+        (["cluster=slurm", "cluster.time=00:05:00"], "cluster.notice_seconds: 300 is not below cluster.time 00:05:00"),
+        (
+            ["cluster=slurm", "+cluster.sbatch.partition=x"],
+            "cluster.sbatch.partition: this flag is not allowed here; expected cluster.partition",
+        ),
+        (["cluster=slurm", "+cluster.sbatch.gres=nvme:1"], ""),
+        (
+            ["cluster=slurm", "cluster.gpu_flag=gres", "+cluster.sbatch.gres=nvme:1"],
+            "cluster.sbatch.gres: this flag is not allowed here; expected gpus_per_node",
+        ),
+        (["cluster=slurm", "cluster.gpu_flag=null", "cluster.gpu_type=h200"], "cluster.gpu_type: h200 has no effect"),
+        (
+            ["cluster=slurm", "cluster.cpus_per_rank=0"],
+            "cluster.cpus_per_rank: 0 is not allowed; expected a number above 0",
+        ),
+        (["+cluster.partition=gpu"], "cluster.partition: 'gpu' has no effect with cluster.backend=local"),
+    ],
+)
+def test_the_cluster_group(overrides: list[str], said: str) -> None:
+    found = problems(*overrides)
+    assert found == [] if not said else found[0].startswith(said), found
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [
+        ("90", 5400), ("90:30", 5430), ("1:02:03", 3723), ("2-0", 172800), ("1-02:03", 93780), ("1-00:00:05", 86405),
+        ("", None), ("1:2:3:4", None), ("-5", None), ("infinite", None),
+    ],
+)  # fmt: skip
+def test_time_limits_are_read_as_slurm_does(time: str, seconds: int | None) -> None:
+    """The forms of man sbatch, --time."""
+    assert limit_seconds(time) == seconds

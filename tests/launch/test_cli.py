@@ -26,7 +26,8 @@ def test_verbs_of_two_words() -> None:
 def test_an_unknown_verb_is_one_message(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["sbmit"]) == 2
     assert capsys.readouterr().err == (
-        "error: synthos has no verb 'sbmit'; did you mean 'submit'? allowed: data write, generate, submit\n"
+        "error: synthos has no verb 'sbmit'; did you mean 'submit'? "
+        "allowed: data write, generate, submit, weights export\n"
     )
 
 

@@ -107,7 +107,9 @@ def test_other_paths_are_taken_from_the_current_folder(tmp_path: Path, monkeypat
 def test_misspelt_keys_of_both_levels_come_in_one_message() -> None:
     lines = message(*BASE, "optim.lrr=1", "recipe.drop_txt=0.1", "nodess=2").splitlines()
     assert lines[0].startswith("optim.lrr: unknown key; did you mean 'lr'? allowed: betas, clip,")
-    assert lines[1].startswith("recipe.drop_txt: unknown key; did you mean 'drop_text'? allowed: drop_image,")
+    assert lines[1].startswith(
+        "recipe.drop_txt: unknown key; did you mean 'drop_text'? allowed: attention, drop_image,"
+    )
     assert lines[2].startswith("nodess: unknown key; did you mean 'nodes'? allowed: ") and "hydra" not in lines[2]
 
 

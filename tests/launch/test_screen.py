@@ -1,5 +1,6 @@
 """What a terminal shows of a run: the output, and the newest heartbeat under it; a pipe gets the output alone."""
 
+import dataclasses
 import json
 import os
 import pty
@@ -10,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from launch.screen import Screen
+from synthos.train.progress import Beat
 
-BEAT = {"step": 7, "last_step": 20, "loss": 0.5, "images_per_s": 12.0, "data_wait": 0.03, "eta_s": 75.0, "time": 0.0}
+BEAT = {**dataclasses.asdict(Beat(7, 20, 0.5, 12.0, 0.03, 75.0)), "time": 0.0}
 SHOW = """
 import json, sys
 from pathlib import Path
@@ -42,5 +44,5 @@ def test_a_terminal_gets_the_heartbeat_too(tmp_path: Path) -> None:
     os.close(theirs)
     shown = os.read(ours, 65536).decode()
     os.close(ours)
-    assert "a line" in shown and "7/20" in shown and "3/20" not in shown
+    assert "a line" in shown and "step" in shown and "7/20" in shown and "3/20" not in shown
     assert "loss 0.5000  12.0 images/s  data wait 3 %  ETA 0:01:15" in shown

@@ -1,0 +1,160 @@
+"""`synthos generate`: pictures from trained weights, here in this process or, with `cluster=`, as a job."""
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from launch import slurm
+from launch.ask import ask, check_keys, request_fields, split
+from launch.check import generation_problems, machine_problems
+from launch.compose import CHECKOUT, choices, compose_generate, file_name
+from launch.generate_plan import GeneratePlan
+from launch.identity import sig8_of_generation
+from launch.rundir import open_folder, read_state, run_folder
+from launch.start import start
+from synthos.models.parts import missing
+from synthos.schema import GenerateConfig
+from synthos.weights import Source, find_source
+
+USAGE = """usage: synthos generate weights=<folder> out=<picture or folder> [prompt=...] [reference=a.jpg,b.jpg] ...
+       synthos generate weights=<folder> cluster=<name> [requests=<file.jsonl>] [key=value] ...
+
+Make pictures: here, or as a job with a run folder, spread over its ranks. `dry_run=true` prints the plan of a job.
+configs/generate.yaml lists the keys; beside them stand the fields of the recipe's Request: prompt, reference,
+negative_prompt, height, width, steps, sampler, seed, and guidance scales. docs/generate.md says more.
+"""
+GRID = Path("grid.png")
+
+
+def main(arguments: list[str]) -> int | Callable[[], int]:
+    """Check everything that the user wrote; returns 0 for a dry run and for help, else the work that remains.
+
+    Raises ValueError, in one message, for what is wrong; then nothing is written.
+    """
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(USAGE, f"cluster: {', '.join(choices()['cluster'])}", sep="\n")
+        return 0
+    from synthos.build import recipe_class
+
+    pairs = [split(argument) for argument in arguments]
+    given = dict(pairs)
+    if "weights" not in given:
+        raise ValueError("weights: missing; synthos generate weights=FOLDER out=FILE.png [prompt=...] [reference=FILE]")
+    recipe = recipe_class(find_source(Path(given["weights"]).expanduser()).recipe["name"])
+    names = request_fields(recipe)
+    check_keys(given, names)
+    own = [f"{key}={value}" for key, value in pairs if key not in names and key != "weights"]
+    config, once = compose_generate(given["weights"], own)
+    source = find_source(Path(config.weights), config.average)
+    if problems := generation_problems(config):
+        raise ValueError("\n".join(problems))
+    out = Path(once.out).expanduser() if once.out else None
+    name = file_name(out.stem) if out and out.suffix and not out.is_dir() else None
+    requests = ask(config, recipe, {key: value for key, value in given.items() if key in names}, name)
+    config = dataclasses.replace(config, requests=requests, weights=str(source.path))
+    if "cluster" not in given:
+        return here(config, source, recipe, out, once.device)
+    plan = make_plan(config, source)
+    if once.dry_run:
+        print(plan.render(), plan.job(), sep="\n", end="")
+        return 0
+    return as_job(plan, ["synthos", "generate", *arguments], once.follow)
+
+
+def here(
+    config: GenerateConfig, source: Source, recipe: Any, out: Path | None, device: str | None
+) -> Callable[[], int]:
+    """Check what only this machine can tell, and load the weights; returns the making of the pictures."""
+    from synthos.generate import choose_device, fill, open_recipe
+    from synthos.train.distributed import choose_dtype
+
+    assert isinstance(config.requests, list)
+    files = place(out, [row["name"] for row in config.requests], config.grid)
+    where = choose_device(device)
+    if absent := missing(source.model):
+        raise ValueError("\n".join(absent))
+    requests = [recipe.Request(**row) for row in config.requests]
+    opened, models = open_recipe(source, Path(config.cache_dir))
+    generator = fill(source, opened, models, where, choose_dtype(config.dtype, where))
+    return lambda: make(generator, requests, files, config)
+
+
+def place(out: Path | None, names: list[str], grid: int) -> list[Path]:
+    """The file of each picture, in the folder `out`, or `out` itself where that is a picture file.
+
+    Raises ValueError for an `out` that can't be either, or can't be written.
+    """
+    if out is None:
+        raise ValueError("out: missing; expected a folder, or a picture file as in out=barn.png")
+    kind = Image.registered_extensions().get(out.suffix.lower())
+    is_picture = kind in Image.SAVE and not out.is_dir()
+    if out.suffix and not is_picture and not out.is_dir():
+        raise ValueError(f"out: {str(out)!r} is not allowed; expected a folder, or a picture file as in {out.stem}.png")
+    if is_picture and len(names) > 1:
+        raise ValueError(f"out: {str(out)!r} is one picture, and {len(names)} are asked for; expected a folder")
+    if not is_picture and grid and len(names) > 1 and GRID.stem in names:
+        raise ValueError(f"requests: the name {GRID.stem!r} is that of {GRID}; expected another, or grid=0")
+    folder = out.parent if is_picture else out
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"out: {folder} can't be written: {there} is no folder that this user may write to")
+    return [out] if is_picture else [out / f"{name}.png" for name in names]
+
+
+def make(generator: Any, requests: list[Any], files: list[Path], config: GenerateConfig) -> int:
+    """Make every picture, and a grid of several; Ctrl-C leaves those that are made."""
+    from synthos.generate_job import draw_grid, save
+    from synthos.train.progress import Countdown
+
+    files[0].parent.mkdir(parents=True, exist_ok=True)
+    countdown = Countdown(len(files))
+    pictures: dict[int, Image.Image] = {}
+    try:
+        for row, picture in generator.each(requests, config.micro):
+            save(picture, files[row])
+            pictures[row] = picture
+            countdown.add(1)
+    except KeyboardInterrupt:
+        print(f"interrupted: {len(pictures)} of {len(files)} pictures are in {files[0].parent}", file=sys.stderr)
+        return 130
+    finally:
+        countdown.close()
+    made = [pictures[row] for row in range(len(files))]
+    if config.grid and len(made) > 1:
+        save(draw_grid(requests, made, config.grid), files[0].parent / GRID)
+    for file, picture in zip(files, made, strict=True):
+        print(f"{file}  {picture.width} x {picture.height}")
+    return 0
+
+
+def make_plan(config: GenerateConfig, source: Source) -> GeneratePlan:
+    """Everything that can be known of a job before it starts."""
+    folder = run_folder(config, sig8_of_generation(config))
+    lines, notes = slurm.look(config, folder)
+    return GeneratePlan(config, source, folder, [*machine_problems(config), *missing(source.model), *lines], notes)
+
+
+def as_job(plan: GeneratePlan, command: list[str], following: bool) -> Callable[[], int]:
+    """Check that the weights fit the recipe; returns the opening of the run folder and the start."""
+    from synthos.generate import open_recipe
+
+    if plan.missing:
+        raise ValueError("\n".join(plan.missing))
+    open_recipe(plan.source, Path(plan.config.cache_dir))
+
+    def prepare() -> None:
+        print(plan.render())
+        open_folder(plan.folder, plan.config, command, CHECKOUT)
+
+    def run() -> int:
+        code = start(plan.config, plan.folder, prepare, following)
+        if read_state(plan.folder).done:
+            print(f"pictures: {plan.folder / 'samples'}")
+        return code
+
+    return run

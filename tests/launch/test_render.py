@@ -1,0 +1,82 @@
+"""What Slurm is told: golden pages for each cluster config, and the rules behind them."""
+
+import os
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch import render
+from launch.compose import CHECKOUT, compose
+from synthos.schema import JobConfig
+
+GOLDEN = Path(__file__).parent / "golden"
+FOLDER = Path("/runs/i2i/i2i-1a2b3c4d")
+SHELL = {"HOME": "/home/ada", "PATH": "/usr/bin", "WANDB_API_KEY": "planted", "SLURM_JOB_ID": "7", "RANK": "3"}
+
+
+def config(*overrides: str) -> JobConfig:
+    return compose(["recipe=i2i", "model=tiny", "data=photos", *overrides]).config
+
+
+def told(config: JobConfig) -> str:
+    """All that a cluster config makes of a job, free of this machine's paths."""
+    pages = {
+        "batch script": render.batch_script(config, FOLDER),
+        "line by hand": render.sbatch_line(config, FOLDER, SHELL),
+        "slurm/job.sh": render.job_file(config),
+    }
+    text = "\n".join(f"== {name}\n{page.rstrip()}\n" for name, page in pages.items())
+    return text.replace(sys.executable, "PYTHON").replace(str(CHECKOUT), "CHECKOUT")
+
+
+@pytest.mark.parametrize("cluster", ["slurm", "practice"])
+def test_golden(cluster: str) -> None:
+    made = told(config(f"cluster={cluster}", "nodes=4", "gpus_per_node=2"))
+    path = GOLDEN / f"{cluster}.txt"
+    if "SYNTHOS_WRITE_GOLDEN" in os.environ:
+        path.write_text(made)
+    assert made == path.read_text()
+
+
+def test_a_site_has_the_last_word_but_on_what_the_plan_knows() -> None:
+    flags = render.flags(config("cluster=slurm", "+cluster.sbatch={requeue: null, exclusive: true, nice: 5}"), FOLDER)
+    assert "requeue" not in flags and flags["exclusive"] == "" and flags["nice"] == "5"
+    assert "#SBATCH --exclusive\n" in render.batch_script(
+        config("cluster=slurm", "+cluster.sbatch={exclusive: true}"), FOLDER
+    )
+
+
+def test_gpus_are_asked_for_as_the_site_wants() -> None:
+    def asked(*overrides: str) -> dict[str, str]:
+        flags = render.flags(config("cluster=slurm", "gpus_per_node=8", "batch.micro=1", *overrides), FOLDER)
+        return {key: value for key, value in flags.items() if key in ("gres", "gpus-per-node")}
+
+    assert asked() == {"gpus-per-node": "8"}
+    assert asked("cluster.gpu_type=h200") == {"gpus-per-node": "h200:8"}
+    assert asked("cluster.gpu_flag=gres", "cluster.gpu_type=a100") == {"gres": "gpu:a100:8"}
+    assert asked("cluster.gpu_flag=null") == {}
+
+
+def test_srun_starts_a_task_per_rank_where_torchrun_may_not() -> None:
+    flags = render.flags(config("cluster=slurm", "cluster.launcher=srun", "gpus_per_node=8", "batch.micro=1"), FOLDER)
+    assert (flags["ntasks-per-node"], flags["cpus-per-task"]) == ("8", "8")
+    one = render.flags(config("cluster=slurm", "gpus_per_node=8", "batch.micro=1"), FOLDER)
+    assert (one["ntasks-per-node"], one["cpus-per-task"]) == ("1", "64")
+
+
+def test_only_what_is_named_travels() -> None:
+    cluster = config("cluster=slurm", "cluster.environment=[NCCL_SOCKET_IFNAME]").cluster
+    shell = {**SHELL, "NCCL_SOCKET_IFNAME": "ib0", "AWS_SECRET_ACCESS_KEY": "x", "SBATCH_ACCOUNT": "y"}
+    assert render.travelling(cluster, shell) == ["HOME", "PATH", "NCCL_SOCKET_IFNAME"]
+    assert render.clean(cluster, shell) == ["env", "-i", "HOME=/home/ada", "PATH=/usr/bin", "NCCL_SOCKET_IFNAME=ib0"]
+
+
+def test_odd_paths_are_quoted() -> None:
+    folder = Path("/my runs/it's/x-1a2b3c4d")
+    line = render.sbatch_line(config("cluster=slurm"), folder, {})
+    assert shlex.split(line)[-1] == str(folder)
+    script = render.batch_script(config("cluster=slurm"), folder)
+    (output,) = [text for text in script.splitlines() if "--output" in text]
+    assert shlex.split(output.removeprefix("#SBATCH "))[0] == f"--output={folder}/slurm/%j.out"

@@ -1,0 +1,64 @@
+"""What is asked of Slurm, and what happens where there is none; tests/slurm has a real one."""
+
+from pathlib import Path
+
+import pytest
+
+from launch import slurm
+from launch.compose import compose
+from tests.launch.conftest import Submit
+
+BASE = ["recipe=i2i", "model=tiny", "data=photos"]
+
+
+def on_path(folder: Path, monkeypatch: pytest.MonkeyPatch, *programs: str) -> None:
+    """A PATH of one folder, with programs that do nothing."""
+    for program in programs:
+        (folder / program).write_text("#!/bin/sh\n")
+        (folder / program).chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder))
+
+
+def chosen(*overrides: str) -> str:
+    return compose([*BASE, *overrides]).config.cluster.name
+
+
+def test_without_a_choice_slurm_is_taken_where_it_is_or_where_one_node_is_not_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_path(tmp_path, monkeypatch)
+    assert (chosen(), chosen("nodes=4"), chosen("nodes=4", "cluster=local")) == ("local", "slurm", "local")
+    on_path(tmp_path, monkeypatch, "sbatch")
+    assert (chosen(), chosen("cluster=local"), chosen("cluster=debug")) == ("slurm", "local", "debug")
+
+
+def test_without_slurm_many_nodes_can_be_planned_but_not_submitted(
+    submit: Submit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bin").mkdir()
+    on_path(tmp_path / "bin", monkeypatch)
+    asked = ("cluster=slurm", "nodes=2", "batch.micro=1")
+    needs = "cluster: slurm needs sbatch, which is not on PATH; submit from a login node of your cluster, or use "
+    assert submit(*asked, "dry_run=true") == 0
+    shown = capsys.readouterr().out
+    assert f"missing: {needs}" in shown and "#SBATCH --nodes=2" in shown
+    assert submit(*asked) == 2
+    assert capsys.readouterr().err == f"error: {needs}cluster=local nodes=1 on this machine\n"
+    assert not (tmp_path / "runs").exists()
+
+
+def test_following_is_for_what_is_submitted(submit: Submit, capsys: pytest.CaptureFixture[str]) -> None:
+    assert submit("follow=true") == 2
+    assert "follow: true has no effect with cluster.backend=debug; expected false" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ("sbatch: error: bad partition: x\nallocation failure: no\n", "bad partition: x; allocation failure: no"),
+        ("sbatch: Job 3 to start at 2026-11-21T10:00:00\n", "Job 3 to start at 2026-11-21T10:00:00"),
+        ("", ""),
+    ],
+)  # fmt: skip
+def test_slurms_own_words(said: str, words: str) -> None:
+    assert slurm.words(said) == words
