@@ -34,7 +34,8 @@ from synthos.data.stream import HeldOut
 from synthos.generate import Generator, load
 from synthos.models.parts import Models
 from synthos.recipes.base import Encoded
-from synthos.schema import RunConfig, read_config
+from synthos.schema import RunConfig
+from synthos.strict import read_config
 from synthos.train.distributed import World, fill_whole, open_world
 from synthos.train.pictures import grid
 from synthos.train.validate import Validator, sample

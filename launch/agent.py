@@ -40,7 +40,7 @@ def task(folder: str) -> None:
 
 
 def main(folder: Path) -> int:
-    """A task's part of an attempt of the run in `folder`, inside a Slurm job; 0 if that is done or stopped, else 1 or 2.
+    """A Slurm task's part of an attempt of the run in `folder`; 0 if that is done or stopped, else 1 or 2.
 
     The first task refuses an allocation that is not the one the run's config asks for.
     """

@@ -8,7 +8,8 @@ from typing import Any, get_args, get_type_hints
 
 from launch.compose import file_name
 from launch.requests import read_requests
-from synthos.schema import GenerateConfig, unknown
+from synthos.schema import GenerateConfig
+from synthos.strict import unknown
 
 COMMON = ("weights", "average", "requests", "dtype", "micro", "grid", "cache_dir", "cluster")
 HERE = {  # keys that mean something in this process only, with what a job has instead

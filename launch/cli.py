@@ -4,7 +4,7 @@ import importlib
 import sys
 from collections.abc import Callable
 
-from synthos.schema import unknown
+from synthos.strict import unknown
 
 VERBS = {  # verb -> ("module:function", what it does)
     "submit": ("launch.commands.submit:main", "train a recipe; the same command again continues the run"),

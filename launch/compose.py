@@ -18,7 +18,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from synthos.schema import DataConfig, GenerateConfig, JobConfig, ModelConfig, PartConfig, RunConfig, load, unknown
+from synthos.schema import DataConfig, GenerateConfig, JobConfig, ModelConfig, PartConfig, RunConfig
+from synthos.strict import load, unknown
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 CONFIGS = CHECKOUT / "configs"

@@ -11,7 +11,8 @@ from typing import Any
 
 from synthos.models.exported import ABOUT_FILE, NULL_FILE
 from synthos.models.initial import find
-from synthos.schema import GenerateConfig, PartConfig, RunConfig, dump
+from synthos.schema import GenerateConfig, PartConfig, RunConfig
+from synthos.strict import dump
 
 LEFT_OUT = (
     "cluster",

@@ -9,7 +9,8 @@ from typing import Any
 from launch.check import FILE_NAME, FILE_NAME_WORDS, size_problems
 from synthos.data.decode import decode_image
 from synthos.diffusion.sampling import SAMPLERS
-from synthos.schema import RunConfig, load, unknown
+from synthos.schema import RunConfig
+from synthos.strict import load, unknown
 
 SPLIT_PREFIX = "split_"  # of the names that `validate.from_split` gives its requests
 

@@ -17,7 +17,8 @@ from typing import IO, Any
 
 from launch.requests import picture_fields
 from synthos.run import read_verdict
-from synthos.schema import GenerateConfig, JobConfig, RunConfig, write_config
+from synthos.schema import GenerateConfig, JobConfig, RunConfig
+from synthos.strict import write_config
 from synthos.train.checkpoint import is_whole
 
 STEP = re.compile(r"step_(\d+)")

@@ -15,7 +15,8 @@ from synthos.data.stream import HeldOut, Stream
 from synthos.models import initial
 from synthos.models.parts import Models
 from synthos.recipes.base import Encoded, Recipe, load_encoded, save_encoded
-from synthos.schema import RunConfig, load, unknown
+from synthos.schema import RunConfig
+from synthos.strict import load, unknown
 from synthos.train.checkpoint import Checkpoints
 from synthos.train.distributed import (
     Mesh,

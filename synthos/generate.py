@@ -20,7 +20,7 @@ from synthos.batch import Features
 from synthos.build import build_recipe, fill_frozen
 from synthos.models.parts import Models
 from synthos.recipes.base import Encoded, Images, Recipe, group_rows
-from synthos.schema import load as load_schema
+from synthos.strict import load as load_schema
 from synthos.train.distributed import choose_dtype, fill_whole
 from synthos.train.pictures import to_image
 from synthos.train.validate import sample

@@ -20,7 +20,8 @@ from synthos.models.initial import start_from
 from synthos.models.parts import Models
 from synthos.models.tensors import take_tensors, tensor_files
 from synthos.recipes.base import load_encoded
-from synthos.schema import ModelConfig, RunConfig, load, read_config
+from synthos.schema import ModelConfig, RunConfig
+from synthos.strict import load, read_config
 from synthos.train.checkpoint import MANIFEST, STATE, is_whole, read_tensors, stored_sizes
 
 EXPECTED = (

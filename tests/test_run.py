@@ -14,7 +14,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import synthos
-from synthos.schema import RunConfig, read_config
+from synthos.schema import RunConfig
+from synthos.strict import read_config
 from tests import wandb_file
 from tests.support import SMALL, environment
 

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from launch.compose import Once
-from synthos.schema import GenerateConfig, RunConfig, dump, load, read_config, unknown, write_config
+from synthos.schema import GenerateConfig, RunConfig
+from synthos.strict import dump, load, read_config, unknown, write_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

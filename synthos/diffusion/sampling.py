@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from synthos.diffusion.timesteps import shifted_grid
-from synthos.schema import unknown
+from synthos.strict import unknown
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # x_t [B, ...], t float32 [B] in [0, 1000] -> velocity [B, ...]
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from synthos.models.parts import Models
 from synthos.models.tiny import Tiny
-from synthos.schema import unknown
+from synthos.strict import unknown
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)

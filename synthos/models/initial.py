@@ -15,7 +15,8 @@ from torch import nn
 from synthos.models.exported import ABOUT_FILE, network_file, read_about
 from synthos.models.parts import Models, hub_folder
 from synthos.models.tensors import take_tensors, tensor_files
-from synthos.schema import RunConfig, dump
+from synthos.schema import RunConfig
+from synthos.strict import dump
 
 log = logging.getLogger(__name__)
 

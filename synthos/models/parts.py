@@ -15,7 +15,8 @@ from torch import nn
 from synthos.models.meta import construct, meta_parameters, to_meta
 from synthos.models.tensors import WEIGHTS, Tensors, match_tensors, read_json
 from synthos.models.tiny import Tiny, tiny_folder
-from synthos.schema import ModelConfig, PartConfig, unknown
+from synthos.schema import ModelConfig, PartConfig
+from synthos.strict import unknown
 
 Adopt = Callable[[Collection[str]], dict[str, str]]  # names in a file -> {parameter: its name in the file}
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from synthos.batch import Features
 from synthos.models.exported import ABOUT_FILE, DIFFUSERS_FILE, FORMAT, NULL_FILE, TRAINED_FILE
-from synthos.schema import RunConfig, dump
+from synthos.schema import RunConfig
+from synthos.strict import dump
 from synthos.train.distributed import World, whole
 from synthos.train.state import TrainState
 

@@ -6,7 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from synthos.schema import OptimConfig, unknown
+from synthos.schema import OptimConfig
+from synthos.strict import unknown
 from synthos.train.distributed import whole
 
 Groups = dict[str, list[nn.Parameter]]

@@ -13,7 +13,8 @@ import numpy as np
 from rich.console import Console
 from torch import Tensor
 
-from synthos.schema import RunConfig, dump
+from synthos.schema import RunConfig
+from synthos.strict import dump
 from synthos.train.distributed import World
 from synthos.train.pictures import card, to_image
 from synthos.train.progress import Beat, ProgressLine, write_heartbeat

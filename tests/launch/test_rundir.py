@@ -12,7 +12,8 @@ from PIL import Image
 
 from launch.compose import compose
 from launch.rundir import RunState, _lock, git_facts, hold, open_folder, read_state, run_folder
-from synthos.schema import RunConfig, read_config
+from synthos.schema import RunConfig
+from synthos.strict import read_config
 from tests.launch.conftest import git
 
 

@@ -16,7 +16,8 @@ from launch.attempts import newest_record
 from launch.compose import CHECKOUT
 from launch.rundir import hold, read_state
 from synthos.data.index import open_index
-from synthos.schema import RunConfig, read_config
+from synthos.schema import RunConfig
+from synthos.strict import read_config
 from tests.launch.conftest import Submit, tree, write_shard
 from tests.support import environment
 

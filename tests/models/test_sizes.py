@@ -10,7 +10,8 @@ from synthos.models.autoencoder import build_autoencoder
 from synthos.models.clip import image_width
 from synthos.models.parts import Models
 from synthos.models.tiny import Tiny
-from synthos.schema import ModelConfig, load
+from synthos.schema import ModelConfig
+from synthos.strict import load
 
 FOLDER = Path(__file__).parents[2] / "configs" / "model"
 CONFIGS = {path.stem: load(ModelConfig, yaml.safe_load(path.read_text())) for path in sorted(FOLDER.glob("*.yaml"))}

@@ -16,7 +16,8 @@ from launch.cli import main
 from synthos.build import build_job
 from synthos.data.index import open_index
 from synthos.models.wan import original_name
-from synthos.schema import RunConfig, read_config
+from synthos.schema import RunConfig
+from synthos.strict import read_config
 from synthos.train.stop import Stop
 from tests.launch.conftest import write_shard
 from tests.support import synthos as command
