@@ -81,35 +81,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     effort = TOY_EFFORT if args.toy else TRUE_EFFORT
     effort = replace(effort, batches=tuple(args.batch or effort.batches))
-    record = {"toy": args.toy, **measure(configs, effort)}
-    if args.out or not args.toy:
-        name = re.sub(r"[^a-z0-9]+", "-", record["device"].lower())
-        path = args.out or ROOT / "benchmarks" / "results" / f"gpu-{name}.json"
-        path.write_text(json.dumps(record, indent=1) + "\n")
-    Console().print(table(record))
+    if args.overrides and not (args.toy or args.out):
+        parser.error("--out: missing; with overrides the figures are not those of results/gpu-DEVICE.json")
+    if args.out and not args.out.parent.is_dir():
+        parser.error(f"--out: {args.out.parent} is no folder")
+
+    def keep(record: dict[str, Any]) -> None:
+        if args.out or not args.toy:
+            name = re.sub(r"[^a-z0-9]+", "-", record["device"].lower())
+            path = args.out or ROOT / "benchmarks" / "results" / f"gpu-{name}.json"
+            path.write_text(json.dumps({"toy": args.toy, **record}, indent=1) + "\n")
+
+    Console().print(table(measure(configs, effort, keep)))
     return 0
 
 
-def measure(configs: list[RunConfig], effort: Effort) -> dict[str, Any]:
-    """Every config, with encoders online and with features from memory, and what the figures were made on."""
+def measure(configs: list[RunConfig], effort: Effort, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Every config, with encoders online and with features from memory, and what the figures were made on.
+
+    `keep` is given the record after each case, so that a later one that fails takes nothing with it.
+    """
     world = open_world(configs[0])
     cases = list(itertools.product(configs, (True, False)))
     columns = (TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn())
     try:
         rates = matmul_rates(world, effort)
-        record = about(configs[0], world) | {"effort": asdict(effort), "matmul_tflops": rates}
-        measured = []
+        record = about(configs[0], world) | {"effort": asdict(effort), "matmul_tflops": rates, "cases": []}
         with Progress(*columns, console=Console(stderr=True)) as progress:
             task = progress.add_task("", total=len(cases) * len(effort.batches))
             for number, (config, online) in enumerate(cases, start=1):
                 progress.update(task, description=f"{config.recipe['train']}, {'online' if online else 'memory'}")
-                measured.append(measure_case(config, world, online, effort, partial(progress.advance, task)))
+                case = measure_case(config, world, online, effort, partial(progress.advance, task))
+                for row in case["batches"]:
+                    row["fraction_of_matmul"] = row["tflops"] / max(rates.values())
+                record["cases"].append(case)
+                keep(record)
                 progress.update(task, completed=number * len(effort.batches))  # also where the larger ones do not fit
     finally:
         world.close()
-    for row in (row for case in measured for row in case["batches"]):
-        row["fraction_of_matmul"] = row["tflops"] / max(rates.values())
-    return record | {"cases": measured}
+    return record
 
 
 def about(config: RunConfig, world: World) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from synthos.train.distributed import (
     build_mesh,
     fill_sharded,
     fill_whole,
+    fsdp_modules,
     layout_of,
     set_dtypes,
     shard,
@@ -67,11 +68,14 @@ def build_recipe(recipe: dict[str, Any], models: Models, encoders: bool = True) 
 def measure(config: RunConfig) -> Sizes:
     """The shapes of everything the recipe is made of, built on the meta device from configs; no weight is read.
 
-    Raises ValueError for a learning rate of a parameter group that the recipe does not have.
+    Raises ValueError for a learning rate of a parameter group that the recipe does not have, and for a request that it
+    can't make.
     """
     models = Models(config.model, Path(config.cache_dir), meta_only=True)
     recipe = build_recipe(config.recipe, models)
     check_groups(config.optim, recipe.param_groups())
+    for request in _listed(config):
+        recipe.setting(load(recipe.Request, request, "validate.requests"), (config.data.height, config.data.width))
     if not initial.missing(config):
         initial.start_from(config, recipe.network, models)
     return sizes_of(recipe, models.added(recipe.network).names)
@@ -167,7 +171,7 @@ def prepare_requests(
 ) -> tuple[Encoded, Features]:
     """Requests and null conditions as the network meets them: encoded once by the first attempt, read by all others.
 
-    Encoders may be sharded, so every rank encodes the same requests; the main one writes.
+    Where encoders are sharded, every rank encodes the same requests; the main one writes.
     """
     path = folder / "requests" / "encoded.safetensors"
     absent = torch.tensor(float(world.is_main and not path.exists()))  # as the main rank sees it
@@ -175,12 +179,13 @@ def prepare_requests(
         with world.main_first():
             requests = [load(recipe.Request, located(r, folder), "validate.requests") for r in _listed(config)]
             requests += _from_split(config, path.parent, recipe, held_out, save=world.is_main)
-        encoded, null = _encode(config, recipe, requests)
-        for setting in encoded.settings:
-            if setting.get("reference"):  # so that the folder may move
-                setting["reference"] = str(Path(setting["reference"]).relative_to(folder))
-        if world.is_main:
-            save_encoded(path, encoded, null)
+        if world.is_main or fsdp_modules(recipe.encoders):
+            encoded, null = _encode(config, recipe, requests)
+            for setting in encoded.settings:
+                if setting.get("reference"):  # so that the folder may move
+                    setting["reference"] = str(Path(setting["reference"]).relative_to(folder))
+            if world.is_main:
+                save_encoded(path, encoded, null)
         world.barrier()
     encoded, null = load_encoded(path)
     return encoded, {name: value.to(world.device) for name, value in null.items()}

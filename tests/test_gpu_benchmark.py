@@ -194,7 +194,10 @@ def test_a_batch_that_does_not_fit_ends_its_case_only(cache: Path, monkeypatch: 
 
     monkeypatch.setattr(gpu, "update", small)
     configs = [toy_config(cache, "cluster.device=cpu", f"recipe.train={train}") for train in TRAIN]
-    record = gpu.measure(configs, gpu.Effort((1, 2, 4), (64,), warmup=0, steps=1, repeats=1))
+    kept: list[int] = []
+    effort = gpu.Effort((1, 2, 4), (64,), warmup=0, steps=1, repeats=1)
+    record = gpu.measure(configs, effort, lambda record: kept.append(len(record["cases"])))
+    assert kept == list(range(1, len(record["cases"]) + 1))  # a case that fails takes no earlier one with it
     assert [[row["batch"] for row in case["batches"]] for case in record["cases"]] == [[1]] * 4
     assert [case["does_not_fit"] for case in record["cases"]] == [2] * 4
     assert "no room" in [str(cell) for cell in gpu.table(record).columns[3].cells]
@@ -255,7 +258,7 @@ def test_the_gpus_own_limit_ends_a_case_and_the_next_one_runs(cache: Path) -> No
     torch.cuda.set_per_process_memory_fraction(share)
     try:
         configs = [toy_config(cache, "cluster.device=cuda", f"recipe.train={train}") for train in TRAIN]
-        record = gpu.measure(configs, gpu.Effort((1, 8192), (64,), warmup=1, steps=1, repeats=1))
+        record = gpu.measure(configs, gpu.Effort((1, 8192), (64,), warmup=1, steps=1, repeats=1), lambda record: None)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert [case["does_not_fit"] for case in record["cases"]] == [8192] * 4

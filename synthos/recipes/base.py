@@ -40,7 +40,8 @@ class Loss:
 class Encoded:
     """Requests as the network meets them; the settings of one request are plain JSON values.
 
-    Every setting holds at least name, prompt, seed, height, width, steps, sampler and guided.
+    Every setting holds at least name, prompt, seed, height, width, steps, sampler and guided, the number of branches
+    that guidance takes (0: none).
     """
 
     conditions: Features  # each [R, ...]

@@ -16,6 +16,7 @@ v = v(0, 0) + g_image [v(0, image) - v(0, 0)] + g_text [v(text, image) - v(0, im
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -51,8 +52,11 @@ class I2IConfig:
     guidance_image: float  # scale where a request names none
 
     def __post_init__(self) -> None:
-        if self.shift <= 0:
+        if not 0 < self.shift < math.inf:
             raise ValueError(f"recipe.shift: {self.shift} is not allowed; expected a number above 0")
+        for key in ("guidance_text", "guidance_image"):
+            if not math.isfinite(getattr(self, key)):
+                raise ValueError(f"recipe.{key}: {getattr(self, key)} is not allowed; expected a finite number")
         if self.text_length < 1:
             raise ValueError(f"recipe.text_length: {self.text_length} is not allowed; expected 1 or more tokens")
         if self.attention == "decoupled" and self.text_length != wan.TEXT_LENGTH:
@@ -168,19 +172,21 @@ class I2I:
             "noise", (self.network.config.in_channels, 1, setting["height"] // 8, setting["width"] // 8)
         )
         no_text, no_image = requests.negatives["text"], null["image"].expand_as(image)
-        if setting["guided"]:
-            text, image = torch.cat([no_text, no_text, text]), torch.cat([no_image, image, image])
+        branches = setting["guided"]
+        if branches:
+            text = torch.cat([no_text, no_text, text][-branches:])
+            image = torch.cat([no_image, image, image][-branches:])
         scale_image, scale_text = (
             torch.tensor([s[key] for s in requests.settings], device=noise.device)
             for key in ("guidance_image", "guidance_text")
         )
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
-            if not setting["guided"]:
+            if not branches:
                 return wan.predict(self.network, x, t, text, image, self.compute_dtype)
-            stacked = wan.predict(self.network, x.repeat(3, 1, 1, 1, 1), t.repeat(3), text, image, self.compute_dtype)
-            v_null, v_image, v_both = stacked.chunk(3)
-            return two_scale(v_null, v_image, v_both, scale_image, scale_text)
+            x, t = x.repeat(branches, 1, 1, 1, 1), t.repeat(branches)
+            *v_null, v_image, v_both = wan.predict(self.network, x, t, text, image, self.compute_dtype).chunk(branches)
+            return two_scale(v_null[0] if v_null else v_image, v_image, v_both, scale_image, scale_text)
 
         latents = sample_flow(velocity, noise, setting["steps"], self.config.shift, setting["sampler"])
         return autoencoder.decode_latents(self.frozen["vae"], latents)
@@ -203,7 +209,17 @@ class I2I:
                 )
         if setting["steps"] < 1:
             raise ValueError(f"request {request.name!r}: steps {setting['steps']} is not allowed; expected 1 or more")
-        setting["guided"] = setting["guidance_text"] != 1 or setting["guidance_image"] != 1
+        for key in ("guidance_text", "guidance_image"):
+            if not math.isfinite(setting[key]):
+                raise ValueError(f"request {request.name!r}: {key} {setting[key]} is not allowed; expected a number")
+        setting["guided"] = (
+            3 if setting["guidance_image"] != 1 else 2 if setting["guidance_text"] != 1 else 0
+        )  # branches
+        if setting["negative_prompt"] and not setting["guided"]:
+            raise ValueError(
+                f"request {request.name!r}: negative_prompt has no effect where both guidance scales are 1; expected "
+                "none, or guidance_text or guidance_image other than 1"
+            )
         return setting
 
 

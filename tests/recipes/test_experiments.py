@@ -11,16 +11,16 @@ from launch.compose import CONFIGS, compose
 from synthos.build import recipe_class, recipe_config
 
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
-ORIGINALS = {  # optimiser's, then of the recipe
-    "i2i_full_contrastyles": {"lr": 1e-5, "epochs": 10.0, "train": "full", "drop_text": 0.2, "drop_image": 0.2},
-    "i2i_projector_contrastyles": {
-        "lr": 1e-4,
-        "epochs": 1.0,
-        "train": "projector",
-        "drop_text": 0.9,
-        "drop_image": 0.0,
+ORIGINALS = {  # of the optimiser, the batch on 8 GPUs, validation and the recipe
+    "i2i_full_contrastyles": {
+        "lr": 1e-5, "epochs": 10.0, "size": 8 * 2 * 8, "every": 200 // 2,
+        "train": "full", "drop_text": 0.2, "drop_image": 0.2,
     },
-}
+    "i2i_projector_contrastyles": {
+        "lr": 1e-4, "epochs": 1.0, "size": 32 * 2 * 8, "every": 100 // 2,
+        "train": "projector", "drop_text": 0.9, "drop_image": 0.0, "guidance_image": 1.0,
+    },
+}  # fmt: skip
 
 
 def command(name: str) -> list[str]:
@@ -50,6 +50,8 @@ def test_the_page_says_what_it_costs_and_what_to_expect(name: str) -> None:
 def test_the_originals_figures(name: str) -> None:
     config = compose(["recipe=i2i", f"experiment={name}", "cluster=local"]).config
     values = {"lr": config.optim.lr, "epochs": config.optim.epochs} | config.recipe
+    values |= {"size": config.batch.size, "every": config.validate.every}
+    assert not config.activation_checkpointing
     assert {key: values[key] for key in ORIGINALS[name]} == ORIGINALS[name]
     assert (config.data.height, config.data.width) == (480, 832)
     assert (config.recipe["shift"], config.recipe["loss_weight"]) == (5.0, "bell")

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -130,7 +131,8 @@ def request(cache: Path, recipe: I2I, tmp_path: Path, **changes: object) -> Enco
     from PIL import Image
 
     Image.fromarray(batch().images("image")[0].permute(1, 2, 0).numpy()).save(tmp_path / "reference.png")
-    asked = I2IRequest("one", reference=str(tmp_path / "reference.png"), steps=4, **changes)  # type: ignore[arg-type]
+    fields: dict[str, Any] = {"reference": str(tmp_path / "reference.png"), "steps": 4} | changes
+    asked = I2IRequest("one", **fields)
     return recipe.encode_requests([asked], (32, 32))
 
 
@@ -154,12 +156,14 @@ def test_negative_prompt_stands_for_the_null_text_in_unguided_branches(cache: Pa
     assert torch.equal(empty.negatives["text"], recipe.null()["text"])
 
 
-def test_guided_sampling_is_the_plain_euler_loop_in_float64(cache: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("scale_image", "branches"), [(2.0, 3), (1.0, 2)])
+def test_guided_sampling_is_the_plain_euler_loop_in_float64(
+    cache: Path, tmp_path: Path, scale_image: float, branches: int
+) -> None:
     recipe = build(cache)
-    encoded, null = (
-        request(cache, recipe, tmp_path, prompt="red", negative_prompt="ugly", guidance_image=2.0, guidance_text=3.0),
-        recipe.null(),
-    )
+    asked = {"prompt": "red", "negative_prompt": "ugly", "guidance_image": scale_image, "guidance_text": 3.0}
+    encoded, null = request(cache, recipe, tmp_path, **asked), recipe.null()
+    assert encoded.settings[0]["guided"] == branches
     draws = KeyedDraws(0, torch.tensor([5]), torch.tensor([0]))
     x = draws.normal("noise", (16, 1, 4, 4)).double()
     text, image, no_text, no_image = (
@@ -174,7 +178,7 @@ def test_guided_sampling_is_the_plain_euler_loop_in_float64(cache: Path, tmp_pat
 
     for now, after in zip(levels, levels[1:], strict=False):
         none, seen, both = v(now, no_text, no_image), v(now, no_text, image), v(now, text, image)
-        x = x + (after - now) * (none + 2.0 * (seen - none) + 3.0 * (both - seen))
+        x = x + (after - now) * (none + scale_image * (seen - none) + 3.0 * (both - seen))
     vae = recipe.frozen["vae"]
     from synthos.models.autoencoder import decode_latents
 
@@ -182,9 +186,27 @@ def test_guided_sampling_is_the_plain_euler_loop_in_float64(cache: Path, tmp_pat
     torch.testing.assert_close(recipe.sample(encoded, null, draws), expected, atol=2e-3, rtol=0)
 
 
-def test_size_must_fit_the_network(cache: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="'one'.*height 40.*16"):
-        request(cache, build(cache), tmp_path, height=40)
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"height": 40}, "'one'.*height 40.*16"),
+        ({"steps": 0}, "'one'.*steps 0"),
+        ({"guidance_text": float("nan")}, "'one'.*guidance_text nan"),
+        (
+            {"negative_prompt": "ugly", "guidance_text": 1.0, "guidance_image": 1.0},
+            "'one'.*negative_prompt has no effect",
+        ),
+    ],
+)
+def test_what_a_request_may_not_ask(cache: Path, tmp_path: Path, asked: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        request(cache, build(cache), tmp_path, **asked)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
+def test_the_shift_is_a_number_above_0(value: float) -> None:
+    with pytest.raises(ValueError, match="recipe.shift: .* expected a number above 0"):
+        dataclasses.replace(CONFIG, shift=value)
 
 
 def test_times_998_and_999_differ_under_bf16(cache: Path, world: World) -> None:
