@@ -12,9 +12,9 @@ demo: $(DEMO)  ## train a small image-to-image model on the CPU, and judge its p
 SHORT := optim.steps=60 optim.warmup_steps=10 validate.every=null checkpoint.every=30 wandb.mode=off
 
 demo-slurm: $(DEMO)  ## two nodes of a real Slurm on this machine (needs root, and Debian's slurm-wlm and munge)
-	line="$$(slurm/practice.sh up)" && eval "$$line" && { $(BIN)/python launch/submit.py recipe=i2i experiment=i2i_photos \
-		cluster=practice nodes=2 gpus_per_node=2 batch.micro=8 $(SHORT) follow=true; \
-		code=$$?; slurm/practice.sh down; exit $$code; }
+	export SYNTHOS_PRACTICE=/tmp/synthos-demo-$$$$; trap "slurm/practice.sh down" EXIT; \
+		line="$$(slurm/practice.sh up)" && eval "$$line" && $(BIN)/python launch/submit.py recipe=i2i \
+		experiment=i2i_photos cluster=practice nodes=2 gpus_per_node=2 batch.micro=8 $(SHORT) follow=true
 
 test: $(DEV)
 	$(BIN)/python -m pytest

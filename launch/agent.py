@@ -5,7 +5,6 @@ On Slurm, srun starts one agent per node: python -m launch.agent RUN_DIR
 
 import codecs
 import dataclasses
-import json
 import os
 import signal
 import subprocess
@@ -18,16 +17,28 @@ from typing import BinaryIO
 
 from launch import attempts
 from launch.compose import CHECKOUT
-from launch.place import Meeting, Place, announce, find_meeting, free_port, own_address, slurm_place
+from launch.place import (
+    Meeting,
+    Place,
+    announce,
+    find_meeting,
+    free_port,
+    interface_of,
+    own_address,
+    slurm_place,
+)
 from launch.render import tasks_per_node
 from launch.rundir import hold
 from launch.screen import Screen
-from synthos.run import read_verdict
+from synthos.files import read_json, write_json
+from synthos.run import failure_file, read_verdict
 from synthos.schema import JobConfig, read_job
 from synthos.train.torchrun import torchrun_flags
 
 CAUSES = {signal.SIGINT: "interrupt", signal.SIGTERM: "terminate", signal.SIGUSR2: "notice"}
 POLL_SECONDS = 0.1
+LOOK_SECONDS = 1  # between two looks into the run folder, which may be far away
+LATE_SECONDS = 60  # how late a shared folder may show what another node has written
 PEER_SECONDS = 10  # from the failure of one rank to the end of the others
 LOCK_SECONDS = 60  # a job may start before the command that submitted it has let go of the run
 SHUTDOWN_SECONDS = 600  # torchrun's patience with ranks that save after a signal; its own default is 30
@@ -54,9 +65,8 @@ def main(folder: Path) -> int:
         with hold(folder, LOCK_SECONDS) as lock:
             if lock is None:
                 raise ValueError(f"{folder} is running already")
-            (folder / "slurm" / "job").write_text(os.environ["SLURM_JOB_ID"])  # one that was submitted by hand
             return int(run(folder, place, [lock.fileno()]) == 1)  # a run that was stopped is no failed job
-    except ValueError as error:
+    except (ValueError, TimeoutError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -80,8 +90,8 @@ def run(folder: Path, place: Place | None = None, keep_open: Sequence[int] = ())
     """Run this node's part of one attempt of the run in `folder` and return its exit code.
 
     The first Ctrl-C, SIGTERM or SIGUSR2 asks the ranks to stop, by `control/stop`: they finish the step, save and
-    leave. A second Ctrl-C kills them. `keep_open` are file descriptors that the ranks inherit: with the run's lock
-    among them, the run stays locked should this process be killed while its ranks go on.
+    leave. A second Ctrl-C kills them. `keep_open` are file descriptors that torchrun inherits: with the run's lock
+    among them, the run stays locked should this process be killed while torchrun goes on.
     """
     config, place = read_job(folder / "config.yaml"), place or Place()
     meeting, command = meet(folder, config, place)
@@ -99,10 +109,10 @@ def run(folder: Path, place: Place | None = None, keep_open: Sequence[int] = ())
             pass_fds=keep_open,
         )
         with log.open("rb") as shown:
-            wait(process, shown, signals, folder / "control", meeting.attempt)
+            wait(process, shown, signals, folder, meeting.attempt)
     if place.first:
-        return close(folder, meeting.attempt, log)
-    verdict = read_verdict(folder / "control" / "verdict.json")  # torchrun returns 1 also where a signal ended it
+        return close(folder, meeting.attempt, log, LATE_SECONDS if process.returncode == 0 and not place.alone else 0)
+    verdict = read_verdict(folder)  # torchrun returns 1 also where a signal ended it
     return attempts.exit_code(verdict) if verdict.get("attempt") == meeting.attempt else process.returncode
 
 
@@ -120,9 +130,9 @@ def meet(folder: Path, config: JobConfig, place: Place) -> tuple[Meeting, list[s
     return meeting, command
 
 
-def close(folder: Path, attempt: int, log: Path) -> int:
+def close(folder: Path, attempt: int, log: Path, patience_seconds: float) -> int:
     """Close the ledger of an attempt that has ended; returns its exit code."""
-    verdict = attempts.end(folder, attempt)
+    verdict = attempts.end(folder, attempt, patience_seconds)
     if verdict["status"] == "failed":
         where = f" at rank {verdict['rank']}" if "rank" in verdict else ""
         print(f"attempt {attempt} failed{where}: {verdict['message']}\nlogs: {log.parent}", file=sys.stderr)
@@ -153,6 +163,7 @@ def ranks_command(config: JobConfig, folder: Path, place: Place, meeting: Meetin
 def environment(config: JobConfig, place: Place, meeting: Meeting) -> dict[str, str]:
     """What the ranks inherit: this checkout before any installed one, and their share of the cores."""
     inherited = {
+        **_gloo_interface(place),
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")])),
         "PYTHONUNBUFFERED": "1",
@@ -168,6 +179,12 @@ def environment(config: JobConfig, place: Place, meeting: Meeting) -> dict[str, 
             "MASTER_PORT": str(meeting.port),
         }
     return inherited
+
+
+def _gloo_interface(place: Place) -> dict[str, str]:
+    """Gloo would bind to what the host's own name stands for, which other nodes may not reach."""
+    interface = None if place.nodes == 1 else interface_of(own_address(os.environ))
+    return {"GLOO_SOCKET_IFNAME": interface} if interface else {}
 
 
 def cores(place: Place) -> int:
@@ -190,7 +207,7 @@ def listen() -> Iterator[list[signal.Signals]]:
 
 
 def wait(
-    process: subprocess.Popen[bytes], log: BinaryIO, signals: list[signal.Signals], control: Path, attempt: int
+    process: subprocess.Popen[bytes], log: BinaryIO, signals: list[signal.Signals], folder: Path, attempt: int
 ) -> None:
     """Show the log as it grows until the process ends; hand on the first signal, and kill on a second Ctrl-C.
 
@@ -198,8 +215,8 @@ def wait(
     peers get a while to notice: on a GPU they may wait for it in a collective, where no signal reaches them.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    asked, patience = False, float("inf")
-    screen = Screen(control / "heartbeat.json")
+    asked, looked, patience = False, float("-inf"), float("inf")
+    screen = Screen(folder / "control" / "heartbeat.json")
     while True:
         ended = process.poll() is not None
         screen.show(decoder.decode(log.read()))
@@ -208,22 +225,15 @@ def wait(
             return
         if signals and not asked:
             asked = True
-            attempts.write_json(control / "stop", {"cause": CAUSES[signals[0]]})
+            write_json(folder / "control" / "stop", {"cause": CAUSES[signals[0]]})
             print("stopping: the ranks finish their step and save; Ctrl-C again kills them", file=sys.stderr)
-        if patience == float("inf") and failed(control / "verdict.json", attempt):
-            patience = time.monotonic() + PEER_SECONDS
+        if patience == float("inf") and time.monotonic() - looked > LOOK_SECONDS:
+            looked = time.monotonic()
+            if read_json(failure_file(folder, attempt)):  # of the first rank to fail, on whatever node
+                patience = looked + PEER_SECONDS
         if signal.SIGINT in signals[1:] or time.monotonic() > patience:
             kill(process.pid)
         time.sleep(POLL_SECONDS)
-
-
-def failed(verdict: Path, attempt: int) -> bool:
-    """Whether a rank of this attempt has said that it failed."""
-    try:
-        told = json.loads(verdict.read_text())
-    except FileNotFoundError:
-        return False
-    return bool(told["status"] == "failed" and told["attempt"] == attempt)
 
 
 def kill(root: int) -> None:
@@ -250,4 +260,6 @@ def parents() -> Iterator[tuple[int, int]]:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m launch.agent RUN_DIR")
     sys.exit(main(Path(sys.argv[1])))

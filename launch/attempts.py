@@ -1,25 +1,32 @@
 """The ledger of a run: one record per attempt, opened when it starts and closed with how it ended."""
 
-import json
 import os
 import socket
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from launch.compose import CHECKOUT
 from launch.rundir import git_facts, read_state
+from synthos.files import read_json, write_json
 from synthos.run import read_verdict
 
+SIGNAL_CAUSES = ("interrupt", "terminate", "notice")
 EXIT_CODES = {"interrupt": 130, "terminate": 143}  # 128 + the signal's number, as shells have it
 
 
 def begin(folder: Path, command: list[str], checkout: Path = CHECKOUT, job: str = "") -> int:
-    """Open the next attempt, with the code it runs, and forget an old request to stop; returns the attempt's number.
+    """Open the next attempt, with the code it runs; returns its number.
+
+    A signal that stopped an earlier one is forgotten. What a person wrote to `control/stop` since the run was submitted
+    is not: it may have been meant for a job that was still waiting.
 
     `job` is Slurm's id of the job and its restart count, if there is one.
     """
-    (folder / "control" / "stop").unlink(missing_ok=True)
+    stop = folder / "control" / "stop"
+    if stop.is_file() and stop.read_text() and read_json(stop).get("cause") in SIGNAL_CAUSES:
+        stop.unlink()
     number = read_state(folder).attempts + 1
     while not _claim(attempt_folder(folder, number)):
         number += 1
@@ -39,15 +46,21 @@ def begin(folder: Path, command: list[str], checkout: Path = CHECKOUT, job: str 
     return number
 
 
-def end(folder: Path, number: int) -> dict[str, Any]:
-    """Close an attempt with the verdict that its ranks left; one that left none has failed."""
-    verdict = read_verdict(folder / "control" / "verdict.json")
+def end(folder: Path, number: int, patience_seconds: float = 0) -> dict[str, Any]:
+    """Close an attempt with the verdict that its ranks left; one that left none has failed.
+
+    A shared folder may show late what a rank of another node has written: so long it is waited for.
+    """
+    verdict, deadline = read_verdict(folder), time.monotonic() + patience_seconds
+    while verdict.get("attempt") != number and time.monotonic() < deadline:
+        time.sleep(0.2)
+        verdict = read_verdict(folder)
     if verdict.get("attempt") != number:
         message = "the processes ended without a verdict"
         verdict = {"status": "failed", "cause": "crash", "step": None, "attempt": number, "message": message}
     path = attempt_folder(folder, number) / "attempt.json"
     ending = {"ended": _now(), "status": verdict["status"], "cause": verdict["cause"], "end_step": verdict["step"]}
-    write_json(path, json.loads(path.read_text()) | ending)
+    write_json(path, read_json(path) | ending)
     return verdict
 
 
@@ -63,15 +76,7 @@ def attempt_folder(folder: Path, number: int) -> Path:
 def newest_record(folder: Path) -> dict[str, Any]:
     """The record of the newest attempt, empty where there is none."""
     records = sorted((folder / "attempts").glob("[0-9]*/attempt.json"))
-    record: dict[str, Any] = json.loads(records[-1].read_text()) if records else {}
-    return record
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a file that readers see whole or not at all."""
-    part = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.part")  # other nodes may write it too
-    part.write_text(json.dumps(value, indent=1))
-    part.replace(path)
+    return read_json(records[-1]) if records else {}
 
 
 def _claim(folder: Path) -> bool:

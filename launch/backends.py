@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -37,11 +38,12 @@ def local(config: JobConfig, folder: Path, lock: IO[str]) -> int:
 
 def submitit(config: JobConfig, folder: Path, lock: IO[str]) -> int:
     """A job of one agent per node, whose only argument is the run folder."""
-    from submitit.core.utils import FailedJobError
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
 
     try:
-        job = executor(config, folder).submit(agent.task, str(folder))
-    except FailedJobError as error:
+        with environment(render.clean(config.cluster, os.environ)):
+            job = executor(config, folder).submit(agent.task, str(folder))
+    except (FailedJobError, FailedSubmissionError) as error:
         print(f"error: sbatch: {slurm.words(str(error))}", file=sys.stderr)
         return 1
     (folder / "slurm" / "job").write_text(job.job_id)
@@ -52,17 +54,27 @@ def submitit(config: JobConfig, folder: Path, lock: IO[str]) -> int:
 
 
 def executor(config: JobConfig, folder: Path) -> Any:
-    """submitit's executor, with the script that a dry run shows and a clean environment around sbatch."""
+    """submitit's executor, with the very script that a dry run shows."""
     from submitit import SlurmExecutor
 
     class Executor(SlurmExecutor):
         def _make_submission_file_text(self, command: str, uid: str) -> str:
             return render.batch_script(config, folder)
 
-        def _make_submission_command(self, submission_file_path: Path) -> list[str]:
-            return [*render.clean(config.cluster, os.environ), "sbatch", str(submission_file_path)]
-
     return Executor(folder / "slurm")
+
+
+@contextmanager
+def environment(variables: dict[str, str]) -> Iterator[None]:
+    """The environment of this process, and of what it starts, is just this; then the former one again."""
+    former = dict(os.environ)
+    try:
+        os.environ.clear()
+        os.environ.update(variables)
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(former)
 
 
 def sbatch(config: JobConfig, folder: Path, lock: IO[str]) -> int:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from launch.render import OWN_KEYS
+from launch.render import NOT_TO_SET, OWN_KEYS
 from synthos.schema import GenerateConfig, JobConfig, RunConfig
 
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
@@ -217,7 +217,17 @@ def cluster_problems(config: JobConfig) -> Iterator[str]:
             if (value := getattr(cluster, field.name)) != _default(field):
                 yield f"cluster.{field.name}: {value!r} has no effect with cluster.backend={cluster.backend}"
         return
-    for key in cluster.sbatch:
+    yield from _travelling(cluster.environment)
+    if cluster.cpus_per_rank is None and "exclusive" not in cluster.sbatch:
+        yield (
+            "cluster.cpus_per_rank: null is not allowed without +cluster.sbatch.exclusive=true: Slurm's default is one "
+            "CPU for all ranks of a node; expected a number"
+        )
+    for key, value in cluster.sbatch.items():
+        if key in NOT_TO_SET.split():
+            yield f"cluster.sbatch.{key}: this flag is not allowed, the job depends on it"
+        if not isinstance(value, str | int | float | None):
+            yield f"cluster.sbatch.{key}: {value!r} is not allowed; expected text, a number, true or null"
         if key in OWN_KEYS or key == cluster.gpu_flag:
             own = OWN_KEYS.get(key, "gpus_per_node")
             yield f"cluster.sbatch.{key}: this flag is not allowed here; expected {own}, which the plan knows"
@@ -233,6 +243,15 @@ def cluster_problems(config: JobConfig) -> Iterator[str]:
             f"cluster.notice_seconds: {cluster.notice_seconds} is not below cluster.time {cluster.time}; "
             "the run would be told to stop as soon as it starts"
         )
+
+
+def _travelling(names: list[str]) -> Iterator[str]:
+    for name in names:
+        if re.search("KEY|TOKEN|SECRET|PASSW|CREDENTIAL", name.upper()):
+            yield (
+                f"cluster.environment: {name} looks like a secret, and Slurm keeps what travels with a job; expected "
+                "none: `wandb login` and `hf auth login` put keys into files below your home"
+            )
 
 
 def limit_seconds(time: str) -> int | None:

@@ -1,14 +1,20 @@
 """Where an agent stands among those of its job, and how they find each other."""
 
-import json
+import fcntl
+import ipaddress
+import random
 import socket
+import struct
+import subprocess
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from launch.attempts import write_json
+from synthos.files import read_json, write_json
 
+SIOCGIFADDR = 0x8915  # man netdevice
 MEETING_SECONDS = 300  # a shared folder may show a new file late
 
 
@@ -70,37 +76,73 @@ def announce(folder: Path, meeting: Meeting) -> None:
 
 
 def find_meeting(folder: Path, place: Place, timeout_seconds: float = MEETING_SECONDS) -> Meeting:
-    """What the first agent of this start announces. Raises RuntimeError where nothing is seen of it."""
+    """What the first agent of this start announces. Raises TimeoutError where nothing is seen of it."""
     path, deadline = folder / "control" / "meeting.json", time.monotonic() + timeout_seconds
     while time.monotonic() < deadline:
-        list(path.parent.iterdir())  # makes a network file system look again
-        if path.is_file():
-            meeting = Meeting(**json.loads(path.read_text()))
-            if meeting.job == place.job:
-                return meeting
+        said = read_json(path)
+        if said.get("job") == place.job:
+            return Meeting(**said)
         time.sleep(0.2)
-    raise RuntimeError(
+    raise TimeoutError(
         f"node {place.node} ({socket.gethostname()}) saw nothing from node 0 in {path} for {timeout_seconds:g} s; "
         "runs_dir must lie on a file system that all nodes share"
     )
 
 
 def free_port() -> int:
-    """A port of this host that nobody uses now, so that two jobs on one node don't meet."""
-    with socket.socket() as listener:
-        listener.bind(("", 0))
-        return int(listener.getsockname()[1])
+    """A port of this host that nobody uses now, so that two jobs on one node don't meet.
+
+    It is none of those that the kernel gives to outgoing connections, which may take it before it is used.
+    """
+    low = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    candidates = list(range(min(20000, low // 2), low))
+    random.shuffle(candidates)
+    for port in candidates:
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("", port))
+            return port
+    raise RuntimeError(f"all ports from {min(candidates)} to {max(candidates)} are in use on {socket.gethostname()}")
 
 
 def own_address(environment: Mapping[str, str]) -> str:
-    """The address by which other nodes of the job reach this one: that of its interface towards the launching node.
+    """The address by which other nodes of the job reach this one: that of its interface towards them.
 
     A host name would be no better: on many clusters it is loopback's, or unknown to the other nodes.
     """
     launcher = environment.get("SLURM_LAUNCH_NODE_IPADDR")
     if launcher is None:
         return socket.gethostname()
-    family = socket.AF_INET6 if ":" in launcher else socket.AF_INET
+    address = _towards(launcher)
+    for other in _nodes(environment) if ipaddress.ip_address(address).is_loopback else []:  # the launcher is here
+        with suppress(OSError):
+            address = _towards(socket.gethostbyname(other))
+        if not ipaddress.ip_address(address).is_loopback:
+            break
+    return address
+
+
+def interface_of(address: str) -> str | None:
+    """The name of the network interface that has an IPv4 address; None where none of this host has it."""
+    for _, name in socket.if_nameindex():
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
+            answer = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+            if socket.inet_ntoa(answer[20:24]) == address:
+                return name
+    return None
+
+
+def _towards(address: str) -> str:
+    """This host's address on the network on which it reaches another."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect((launcher, 9))  # sends nothing; the kernel only chooses the interface
+        probe.connect((address, 9))  # sends nothing; the kernel only chooses the interface
         return str(probe.getsockname()[0])
+
+
+def _nodes(environment: Mapping[str, str]) -> list[str]:
+    """The host names of the job's nodes; empty where there is no scontrol."""
+    try:
+        command = ["scontrol", "show", "hostnames", environment.get("SLURM_JOB_NODELIST", "")]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.split()
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return []

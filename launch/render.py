@@ -8,6 +8,10 @@ from pathlib import Path
 from launch.compose import CHECKOUT
 from synthos.schema import ClusterConfig, JobConfig
 
+# Flags that a job depends on, or that would make another kind of job of it.
+NOT_TO_SET = """
+    array chdir error export export-file input job-name ntasks open-mode output parsable signal test-only wait wrap
+"""
 Flags = dict[str, str]  # long name -> value; empty for a bare flag
 OWN_KEYS = {  # flags that have a key of their own
     "nodes": "nodes",
@@ -23,7 +27,7 @@ OWN_KEYS = {  # flags that have a key of their own
 }
 # Variables of the submitting shell that a job may need and that hold no secret.
 TRAVELS = """
-    HOME USER LOGNAME SHELL PATH LANG LC_ALL LC_CTYPE TZ TMPDIR LD_LIBRARY_PATH MODULEPATH MODULESHOME LMOD_CMD
+    HOME USER LOGNAME SHELL PATH LANG LC_ALL LC_CTYPE TZ LD_LIBRARY_PATH MODULEPATH MODULESHOME LMOD_CMD
     LMOD_DIR LMOD_PKG BASH_ENV CUDA_HOME CUDA_PATH VIRTUAL_ENV CONDA_PREFIX CONDA_DEFAULT_ENV XDG_CACHE_HOME HF_HOME
     HF_HUB_CACHE HF_HUB_OFFLINE TORCH_HOME SSL_CERT_FILE SSL_CERT_DIR REQUESTS_CA_BUNDLE SLURM_CONF
 """
@@ -75,9 +79,10 @@ def batch_script(config: JobConfig, folder: Path) -> str:
     lines = [
         f"#SBATCH {_flag(key, value and shlex.quote(value))}" for key, value in sorted(flags(config, folder).items())
     ]
-    setup = ["", *config.cluster.setup] if config.cluster.setup else []
     command = [*srun(config), python(config.cluster), "-u", "-m", "submitit.core._submit", str(folder / "slurm")]
-    return "\n".join(["#!/bin/bash", *lines, *setup, "", "export SUBMITIT_EXECUTOR=slurm", shlex.join(command), ""])
+    # exec: the signals of a cancelled job end a shell, and with the shell the job, before its ranks could save
+    run = ["export SUBMITIT_EXECUTOR=slurm", f"exec {shlex.join(command)}", ""]
+    return "\n".join(["#!/bin/bash", *lines, "", "set -eo pipefail", *config.cluster.setup, *run])
 
 
 def sbatch_line(config: JobConfig, folder: Path, environment: Mapping[str, str]) -> str:
@@ -95,7 +100,7 @@ def sbatch(config: JobConfig, folder: Path) -> list[str]:
 def job_file(config: JobConfig) -> str:
     """What `slurm/train.sbatch` reads in the run folder: the set-up lines, the interpreter and srun's flags."""
     cluster = config.cluster
-    lines = [*cluster.setup, f"cd {shlex.quote(str(CHECKOUT))}", f"SRUN=({shlex.join(srun(config))})"]
+    lines = [f"cd {shlex.quote(str(CHECKOUT))}", *cluster.setup, f"SRUN=({shlex.join(srun(config))})"]
     return "\n".join([*lines, f"PYTHON={shlex.quote(python(cluster))}", ""])
 
 
@@ -109,13 +114,13 @@ def srun(config: JobConfig) -> list[str]:
     return ["srun", "--kill-on-bad-exit=1", *repeated]
 
 
-def clean(cluster: ClusterConfig, environment: Mapping[str, str]) -> list[str]:
-    """`env -i` with what may travel: no secret, and nothing of a job that this shell itself is part of."""
-    return ["env", "-i", *(f"{name}={environment[name]}" for name in travelling(cluster, environment))]
+def clean(cluster: ClusterConfig, environment: Mapping[str, str]) -> dict[str, str]:
+    """What a job gets of `environment`: no secret, and nothing of a job that this shell itself is part of."""
+    return {name: environment[name] for name in travelling(cluster, environment)}
 
 
 def travelling(cluster: ClusterConfig, environment: Mapping[str, str]) -> list[str]:
-    """The variables of `environment` that a job gets."""
+    """The names of the variables of `environment` that a job gets."""
     return [name for name in dict.fromkeys([*TRAVELS.split(), *cluster.environment]) if name in environment]
 
 

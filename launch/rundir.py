@@ -1,6 +1,7 @@
 """A run folder as the login node sees it: opened once with its config and provenance, then read for how far it got."""
 
 import dataclasses
+import errno
 import fcntl
 import importlib.metadata
 import json
@@ -60,7 +61,7 @@ def read_state(folder: Path) -> RunState:
         exists=(folder / "config.yaml").is_file(),
         attempts=len(list((folder / "attempts").glob("[0-9]*"))),
         step=checkpoints[-1] if checkpoints else None,
-        verdict=read_verdict(folder / "control" / "verdict.json"),
+        verdict=read_verdict(folder),
         weights=weights[-1] if weights else None,
     )
 
@@ -92,6 +93,11 @@ def _lock(file: IO[str]) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:
+        if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise ValueError(
+                f"runs_dir: {file.name} can't be locked: {error.strerror}; expected a file system with locks (Lustre: "
+                "mounted with flock)"
+            ) from None
         raise _unlockable(file.name, error) from None
     return True
 

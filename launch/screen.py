@@ -1,12 +1,11 @@
 """What the agent shows of a run: the ranks' output, and on a terminal a live progress line under it."""
 
-import json
 import sys
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
+from synthos.files import read_json
 from synthos.train.progress import Beat, ProgressLine
 
 
@@ -18,7 +17,7 @@ class Screen:
     """
 
     def __init__(self, heartbeat: Path) -> None:
-        self.heartbeat, self.before = heartbeat, _read(heartbeat)
+        self.heartbeat, self.before = heartbeat, read_json(heartbeat)
         self.line = ProgressLine(Console()) if sys.stdout.isatty() else None
 
     def show(self, text: str) -> None:
@@ -29,7 +28,7 @@ class Screen:
             return
         if text:
             self.line.print(text)
-        beat = _read(self.heartbeat)
+        beat = read_json(self.heartbeat)
         if beat and beat != self.before:  # what an earlier attempt left says nothing of this one
             names = Beat.__dataclass_fields__
             self.line.update(Beat(**{name: beat[name] for name in names}))
@@ -37,11 +36,3 @@ class Screen:
     def close(self) -> None:
         if self.line:
             self.line.stop()
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        beat: dict[str, Any] = json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    return beat

@@ -37,14 +37,26 @@ def queued(job: str) -> Queued | None:
     return None
 
 
-def newest_job(folder: Path) -> Queued | None:
-    """The job that was last submitted for a run, while it is in the queue."""
-    path = folder / "slurm" / "job"
-    return queued(path.read_text()) if path.is_file() and shutil.which("squeue") else None
+def job_of(folder: Path) -> Queued | None:
+    """The job of a run, while it is in the queue, however it was submitted: known by its name and its output."""
+    if not shutil.which("squeue"):
+        return None
+    listed = ask(["squeue", "--noheader", f"--name={folder.name}", "--format=%i", "--states=all"])
+    if listed.returncode:
+        raise RuntimeError(f"squeue: {words(listed.stderr)}")
+    for job in listed.stdout.split():
+        shown = ask(["scontrol", "show", "job", job]).stdout
+        if f"StdOut={render.output(folder, job)}\n" in shown and (found := queued(job)):
+            return found
+    return None
 
 
 def look(config: JobConfig, folder: Path) -> tuple[list[str], list[str]]:
-    """What keeps Slurm from taking the job of the run in `folder`, which need not exist; what else it says of it."""
+    """What keeps Slurm from taking the job of the run in `folder`, which need not exist; what else it says of it.
+
+    What is not to be had only now, because nodes are down or a partition is closed for a while, is no obstacle: such a
+    job may wait in the queue.
+    """
     if config.cluster.backend not in ("submitit", "sbatch"):
         return [], []
     if not shutil.which("sbatch"):
@@ -55,37 +67,36 @@ def look(config: JobConfig, folder: Path) -> tuple[list[str], list[str]]:
         return ([needs] if config.cluster.backend == "submitit" else []), []  # by hand it may be elsewhere
     try:
         taken, answer = would_take(config, folder)
-        others = [] if taken else [*_too_many_gpus(config)]
+        too_much = [] if taken else [*_too_much(config)]
     except RuntimeError as error:
         return [f"cluster: {error}"], []
-    if taken:
+    if taken or (not too_much and re.search("not available|busy", answer)):
         return [], [f"Slurm: {answer}"]
-    return [*others, f"cluster: Slurm would not take this job: {answer}"], []
+    return [*too_much, f"cluster: Slurm would not take this job: {answer}"], []
 
 
-def _too_many_gpus(config: JobConfig) -> Iterator[str]:
-    """Of all refusals the one whose key can be told."""
-    gpus = gpus_of_a_node(config.cluster.partition) if config.cluster.gpu_flag else None
-    if gpus is not None and gpus < config.gpus_per_node:
-        where = f"partition {config.cluster.partition}" if config.cluster.partition else "this cluster"
-        yield f"gpus_per_node: {config.gpus_per_node} is more than a node of {where} has, {gpus}"
+def _too_much(config: JobConfig) -> Iterator[str]:
+    """What is asked for beyond all that the partition has, nodes that are down included."""
+    cluster = config.cluster
+    where = f"partition {cluster.partition}" if cluster.partition else "the cluster"
+    only = [f"--partition={cluster.partition}"] if cluster.partition else []
+    done = ask(["sinfo", "--noheader", "--format=%D %G", *only])
+    groups = [line.split(maxsplit=1) for line in done.stdout.splitlines()] if done.returncode == 0 else []
+    nodes = sum(int(count) for count, _ in groups)
+    if only and 0 < nodes < config.nodes:  # of several partitions, sinfo counts a node once for each
+        yield f"nodes: {config.nodes} are more than {where} has, {nodes}"
+    counts = [int(n) for _, gres in groups for n in re.findall(r"\bgpu(?::[^:,()\s]+)?:(\d+)", gres)]
+    if cluster.gpu_flag and counts and max(counts) < config.gpus_per_node:
+        yield f"gpus_per_node: {config.gpus_per_node} is more than a node of {where} has, {max(counts)}"
 
 
 def would_take(config: JobConfig, folder: Path) -> tuple[bool, str]:
     """Whether Slurm would take the job, and its own words, which tell where and when it would start."""
     by_hand = config.cluster.backend == "sbatch"
     command = render.sbatch(config, folder) if by_hand else ["sbatch"]
-    command = [*render.clean(config.cluster, os.environ), command[0], "--test-only", *command[1:]]
-    done = ask(command, stdin="" if by_hand else render.batch_script(config, folder))
+    script = "" if by_hand else render.batch_script(config, folder)
+    done = ask([command[0], "--test-only", *command[1:]], script, render.clean(config.cluster, os.environ))
     return done.returncode == 0, words(done.stderr or done.stdout)
-
-
-def gpus_of_a_node(partition: str | None) -> int | None:
-    """Most GPUs that a node of the partition has, or of the whole cluster; None where Slurm does not tell."""
-    only = [f"--partition={partition}"] if partition else []
-    done = ask(["sinfo", "--noheader", "--format=%G", *only])
-    counts = [int(n) for n in re.findall(r"\bgpu(?::[^:,()\s]+)?:(\d+)", done.stdout)]
-    return max(counts, default=None) if done.returncode == 0 else None
 
 
 def words(text: str) -> str:
@@ -94,9 +105,13 @@ def words(text: str) -> str:
     return "; ".join(line for line in lines if line)
 
 
-def ask(command: list[str], stdin: str = "") -> subprocess.CompletedProcess[str]:
+def ask(
+    command: list[str], stdin: str = "", environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run a Slurm command. Raises RuntimeError where it does not answer."""
     try:
-        return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+        return subprocess.run(
+            command, input=stdin, env=environment, capture_output=True, text=True, timeout=TIMEOUT_SECONDS
+        )
     except subprocess.TimeoutExpired:
         raise RuntimeError(f"{command[0]} did not answer in {TIMEOUT_SECONDS} s") from None

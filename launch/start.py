@@ -28,7 +28,7 @@ def start(config: JobConfig, folder: Path, prepare: Callable[[], None], followin
             print(f"error: {error}", file=sys.stderr)
             return 2
         try:
-            queued = slurm.newest_job(folder)
+            queued = slurm.job_of(folder)
         except RuntimeError as error:  # nothing is started that may be running already
             print(f"error: whether {folder} has a job already is not known: {error}", file=sys.stderr)
             return 1
@@ -43,10 +43,12 @@ def start(config: JobConfig, folder: Path, prepare: Callable[[], None], followin
             if state.done:
                 print(f"{folder} is done" + (f"; its weights are in {state.weights}" if state.weights else ""))
                 return 0
+            for earlier in ("stop", "meeting.json"):  # what a start before this one has left
+                (folder / "control" / earlier).unlink(missing_ok=True)
             prepare()
             code = backends.start(config, folder, lock)
             if code or not following:
                 return code
-    if following and (folder / "slurm" / "job").is_file():  # the lock is free for the job now
-        return follow(folder, (folder / "slurm" / "job").read_text())
+    if following and (queued or lock):  # the lock is free for the job now
+        return follow(folder, queued.job if queued else (folder / "slurm" / "job").read_text())
     return 1

@@ -3,16 +3,15 @@
 torchrun ... -m synthos.run RUN_DIR
 """
 
-import json
 import logging
 import os
-import socket
 import sys
 import traceback
 import warnings
 from pathlib import Path
 from typing import Any
 
+from synthos.files import create_json, read_json, write_json
 from synthos.schema import GenerateConfig, RunConfig, read_job
 
 
@@ -50,7 +49,7 @@ def main(run_dir: Path, attempt: int) -> dict[str, Any]:
     finally:
         verdict = {**verdict, "attempt": attempt, "rank": rank, "message": _error()}
         if rank == 0 or verdict["status"] == "failed":
-            write_verdict(run_dir / "control" / "verdict.json", verdict)
+            write_verdict(run_dir, verdict)
         if report:  # after the verdict: W&B may take its time, or fail
             report.close(verdict)
         logging.getLogger("synthos").removeHandler(handler)
@@ -79,21 +78,21 @@ def _open_log(path: Path) -> logging.Handler:
     return handler
 
 
-def write_verdict(path: Path, verdict: dict[str, Any]) -> None:
+def write_verdict(run_dir: Path, verdict: dict[str, Any]) -> None:
     """Write how an attempt ended. Of several ranks that fail, the first tells why: the others lost their peers."""
-    told = read_verdict(path)
-    if verdict["status"] == "failed" and (told.get("attempt"), told.get("status")) == (verdict["attempt"], "failed"):
-        return
-    path.parent.mkdir(exist_ok=True)
-    part = path.with_suffix(f".{socket.gethostname()}-{os.getpid()}.part")  # ranks of other nodes write here too
-    part.write_text(json.dumps(verdict, indent=1))
-    part.replace(path)
+    (run_dir / "control").mkdir(exist_ok=True)
+    if verdict["status"] != "failed" or create_json(failure_file(run_dir, verdict["attempt"]), verdict):
+        write_json(run_dir / "control" / "verdict.json", verdict)
 
 
-def read_verdict(path: Path) -> dict[str, Any]:
+def read_verdict(run_dir: Path) -> dict[str, Any]:
     """The newest verdict of a run, empty where there is none."""
-    verdict: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    return verdict
+    return read_json(run_dir / "control" / "verdict.json")
+
+
+def failure_file(run_dir: Path, attempt: int) -> Path:
+    """What the first rank to fail in an attempt says of it."""
+    return run_dir / "attempts" / f"{attempt:04d}" / "failure.json"
 
 
 def _run_as_command(run_dir: Path, attempt: int) -> int:
@@ -101,11 +100,11 @@ def _run_as_command(run_dir: Path, attempt: int) -> int:
     try:
         main(run_dir, attempt)
     except Exception:
-        rank, told = int(os.environ.get("RANK", "0")), read_verdict(run_dir / "control" / "verdict.json")
-        if told.get("attempt") != attempt or told["status"] != "failed" or told["rank"] == rank:
+        rank, first = int(os.environ.get("RANK", "0")), read_json(failure_file(run_dir, attempt)).get("rank")
+        if first in (None, rank):
             traceback.print_exc()
         else:
-            print(f"rank {rank} ends, because rank {told['rank']} has failed", file=sys.stderr)
+            print(f"rank {rank} ends, because rank {first} has failed", file=sys.stderr)
         return 1
     return 0
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
-from synthos.strict import load
+from synthos.strict import load, unknown
 
 
 @dataclass(frozen=True)
@@ -186,6 +186,14 @@ STAGES: dict[str, type[JobConfig]] = {"train": RunConfig, "generate": GenerateCo
 
 
 def read_job(path: Path) -> JobConfig:
-    """The frozen config of a run folder, of whatever stage."""
-    plain = yaml.safe_load(path.read_text())
-    return load(STAGES[plain["stage"]], plain)
+    """The frozen config of a run folder, of whatever stage. Raises ValueError where that is none."""
+    try:
+        plain = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"{path.parent} is no run folder: {error}") from None
+    stage = plain.get("stage") if isinstance(plain, dict) else None
+    if stage not in STAGES:
+        raise ValueError(
+            f"{path.parent} is no run folder: {path.name} has stage {stage!r}; {unknown(str(stage), list(STAGES))}"
+        )
+    return load(STAGES[stage], plain)

@@ -13,6 +13,8 @@ import pytest
 from launch import agent
 from launch.compose import CHECKOUT, compose
 from launch.place import Meeting, Place
+from synthos.files import create_json
+from synthos.run import failure_file
 from synthos.schema import JobConfig
 from synthos.train.torchrun import torchrun_flags
 
@@ -117,14 +119,15 @@ def test_output_is_shown_whole_while_it_grows(tmp_path: Path, capsys: pytest.Cap
     with log.open("wb") as output, log.open("rb") as shown:
         agent.wait(python(code, stdout=output), shown, [], tmp_path, 1)
     assert capsys.readouterr().out == "first\nä second\n"  # a letter cut in two by the reader is still one letter
-    assert not (tmp_path / "stop").exists()
+    assert not (tmp_path / "control").exists()
 
 
 @pytest.mark.parametrize(
     ("number", "cause"), [(signal.SIGINT, "interrupt"), (signal.SIGTERM, "terminate"), (signal.SIGUSR2, "notice")]
 )
 def test_a_signal_becomes_a_request_to_stop(tmp_path: Path, number: signal.Signals, cause: str) -> None:
-    stop = tmp_path / "stop"
+    stop = tmp_path / "control" / "stop"
+    stop.parent.mkdir()
     obedient = f"import os, time\nwhile not os.path.exists({str(stop)!r}):\n    time.sleep(0.02)"
     (tmp_path / "log").touch()
     with agent.listen() as signals, (tmp_path / "log").open("rb") as shown:
@@ -135,6 +138,7 @@ def test_a_signal_becomes_a_request_to_stop(tmp_path: Path, number: signal.Signa
 
 
 def test_a_second_interrupt_kills_and_a_second_sigterm_does_not(tmp_path: Path) -> None:
+    (tmp_path / "control").mkdir()
     (tmp_path / "log").touch()
     with (tmp_path / "log").open("rb") as shown:
         killed = python("import time; time.sleep(600)")
@@ -147,8 +151,8 @@ def test_a_second_interrupt_kills_and_a_second_sigterm_does_not(tmp_path: Path) 
 def test_peers_of_a_failed_rank_do_not_wait_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agent, "PEER_SECONDS", 0.2)
     (tmp_path / "log").touch()
-    verdict = {"status": "failed", "attempt": 1}
-    (tmp_path / "verdict.json").write_text(json.dumps(verdict))
+    failure_file(tmp_path, 1).parent.mkdir(parents=True)
+    assert create_json(failure_file(tmp_path, 1), {"rank": 3})
     with (tmp_path / "log").open("rb") as shown:
         of_an_earlier_attempt = python("import time; time.sleep(1)")
         agent.wait(of_an_earlier_attempt, shown, [], tmp_path, 2)

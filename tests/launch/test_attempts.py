@@ -50,11 +50,16 @@ def test_the_verdict_of_an_earlier_attempt_is_not_taken_for_this_one(tmp_path: P
     assert attempts.newest_record(tmp_path)["status"] == "failed"
 
 
-def test_an_old_request_to_stop_is_forgotten(tmp_path: Path) -> None:
-    (tmp_path / "control").mkdir()
-    (tmp_path / "control" / "stop").touch()
+def test_a_signal_of_an_earlier_attempt_is_forgotten_and_a_wish_is_not(tmp_path: Path) -> None:
+    stop = tmp_path / "control" / "stop"
+    stop.parent.mkdir()
+    for text in ("", "{}", '{"cause": "stop"}'):  # `touch` may have met a job that was still waiting
+        stop.write_text(text)
+        attempts.begin(tmp_path, [])
+        assert stop.exists()
+    stop.write_text('{"cause": "notice"}')
     attempts.begin(tmp_path, [])
-    assert not (tmp_path / "control" / "stop").exists()
+    assert not stop.exists()
 
 
 def test_attempts_that_begin_at_once_get_numbers_of_their_own(tmp_path: Path) -> None:

@@ -178,6 +178,20 @@ def test_recipe_values_of_a_wrong_type_do_not_get_this_far() -> None:
             ["cluster=slurm", "cluster.cpus_per_rank=0"],
             "cluster.cpus_per_rank: 0 is not allowed; expected a number above 0",
         ),
+        (
+            ["cluster=slurm", "cluster.cpus_per_rank=null"],
+            "cluster.cpus_per_rank: null is not allowed without +cluster",
+        ),
+        (["cluster=slurm", "cluster.cpus_per_rank=null", "+cluster.sbatch.exclusive=true"], ""),
+        (
+            ["cluster=slurm", "cluster.environment=[WANDB_API_KEY]"],
+            "cluster.environment: WANDB_API_KEY looks like a sec",
+        ),
+        (["cluster=slurm", "+cluster.sbatch.array=0-1"], "cluster.sbatch.array: this flag is not allowed, the job"),
+        (
+            ["cluster=slurm", "+cluster.sbatch.exclude=[a,b]"],
+            "cluster.sbatch.exclude: ['a', 'b'] is not allowed; expec",
+        ),
         (["+cluster.partition=gpu"], "cluster.partition: 'gpu' has no effect with cluster.backend=local"),
     ],
 )

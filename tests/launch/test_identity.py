@@ -1,17 +1,17 @@
 """What is the same experiment, and what is another."""
 
 import dataclasses
-import json
-import struct
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
-from launch import identity
 from launch.compose import compose
-from launch.identity import LEFT_OUT, digest_folder, sig8
+from launch.identity import LEFT_OUT, sig8
+from synthos.models import content
 from synthos.schema import PartConfig, RunConfig
 
 BASE = ("recipe=i2i", "model=tiny", "data=photos")
@@ -103,37 +103,16 @@ def test_a_local_model_is_its_content_wherever_it_lies(tmp_path: Path) -> None:
     assert sign_parts(vae=one) != sign_parts(vae=two)
 
 
-def test_small_files_enter_whole_and_large_ones_by_their_header(
+def test_large_weights_to_start_from_are_more_than_their_header(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(identity, "WHOLE_BELOW", 100)
-    header = json.dumps({"a": {"dtype": "F32", "shape": [50], "data_offsets": [0, 200]}}).encode()
-    file = tmp_path / "model.safetensors"
+    monkeypatch.setattr(content, "WHOLE_BELOW", 2**18)
 
-    def digest(header: bytes, body: bytes) -> str:
-        file.write_bytes(struct.pack("<Q", len(header)) + header + body)
-        return digest_folder(tmp_path)
+    def signed(value: float, name: str = "one.safetensors") -> str:
+        save_file({"projector": torch.full((2**17,), value)}, tmp_path / name)
+        return sign(f"init_from={tmp_path / name}")
 
-    first = digest(header, b"a" * 200)
-    assert digest(header, b"b" * 200) == first  # large: the weights themselves are not read
-    assert digest(header.replace(b"F32", b"F64"), b"a" * 200) != first
-    assert digest(header, b"a" * 201) != first
-    assert digest(b"{}", b"a") != digest(b"{}", b"b")  # small: every byte counts
-    digest(header, b"b" * 200)
-    file.rename(tmp_path / "other.bin")
-    first = digest_folder(tmp_path)
-    (tmp_path / "other.bin").write_bytes(b"a" * (tmp_path / "other.bin").stat().st_size)
-    assert digest_folder(tmp_path) == first
-
-
-def test_renamed_files_count_and_hidden_ones_do_not(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text("{}")
-    first = digest_folder(tmp_path)
-    (tmp_path / ".cache").mkdir()
-    (tmp_path / ".cache" / "download.lock").write_text("x")
-    assert digest_folder(tmp_path) == first
-    (tmp_path / "a.json").rename(tmp_path / "b.json")
-    assert digest_folder(tmp_path) != first
+    assert signed(1.0) == signed(1.0, "two.safetensors") != signed(2.0)
 
 
 def test_a_requested_picture_is_its_content(tmp_path: Path) -> None:

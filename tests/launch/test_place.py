@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.place import Meeting, Place, announce, find_meeting, free_port, own_address, slurm_place
+from launch.place import Meeting, Place, announce, find_meeting, free_port, interface_of, own_address, slurm_place
 
 TASK = {
     "SLURM_JOB_ID": "12", "SLURM_PROCID": "5", "SLURM_NODEID": "2", "SLURM_LOCALID": "1", "SLURM_NNODES": "4",
@@ -37,15 +37,18 @@ def test_agents_wait_for_the_first_of_their_own_start(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_not_shared_is_named(tmp_path: Path) -> None:
     (tmp_path / "control").mkdir()
-    with pytest.raises(RuntimeError, match="node 1 .* saw nothing from node 0 .* runs_dir must lie on a file system"):
+    with pytest.raises(TimeoutError, match="node 1 .* saw nothing from node 0 .* runs_dir must lie on a file system"):
         find_meeting(tmp_path, Place("12.0", node=1, nodes=2), timeout_seconds=0.3)
 
 
 def test_a_free_port_can_be_bound() -> None:
+    low = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     with socket.socket() as listener:
-        listener.bind(("127.0.0.1", free_port()))
+        listener.bind(("127.0.0.1", port := free_port()))
+    assert 1024 < port < low  # none that an outgoing connection may get
 
 
 def test_the_address_is_that_of_the_interface_towards_the_launcher() -> None:
     assert own_address({"SLURM_LAUNCH_NODE_IPADDR": "127.0.0.1"}) == "127.0.0.1"
     assert own_address({}) == socket.gethostname()
+    assert interface_of("127.0.0.1") == "lo" and interface_of("198.51.100.7") is None

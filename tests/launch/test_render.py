@@ -70,7 +70,7 @@ def test_only_what_is_named_travels() -> None:
     cluster = config("cluster=slurm", "cluster.environment=[NCCL_SOCKET_IFNAME]").cluster
     shell = {**SHELL, "NCCL_SOCKET_IFNAME": "ib0", "AWS_SECRET_ACCESS_KEY": "x", "SBATCH_ACCOUNT": "y"}
     assert render.travelling(cluster, shell) == ["HOME", "PATH", "NCCL_SOCKET_IFNAME"]
-    assert render.clean(cluster, shell) == ["env", "-i", "HOME=/home/ada", "PATH=/usr/bin", "NCCL_SOCKET_IFNAME=ib0"]
+    assert render.clean(cluster, shell) == {"HOME": "/home/ada", "PATH": "/usr/bin", "NCCL_SOCKET_IFNAME": "ib0"}
 
 
 def test_odd_paths_are_quoted() -> None:
@@ -80,3 +80,26 @@ def test_odd_paths_are_quoted() -> None:
     script = render.batch_script(config("cluster=slurm"), folder)
     (output,) = [text for text in script.splitlines() if "--output" in text]
     assert shlex.split(output.removeprefix("#SBATCH "))[0] == f"--output={folder}/slurm/%j.out"
+
+
+def test_submitit_would_say_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own page for the same wishes: the flags that it knows, and the command that runs its pickled job."""
+    from submitit import SlurmExecutor
+
+    (tmp_path / "srun").write_text("#!/bin/sh\n")
+    (tmp_path / "srun").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    theirs = SlurmExecutor(FOLDER / "slurm")
+    wishes = {"job_name": FOLDER.name, "nodes": 4, "ntasks_per_node": 1, "gpus_per_node": 2, "cpus_per_task": 2}
+    more = {"mem": "2G", "partition": "batch", "signal_delay_s": 60, "time": 30}
+    theirs.update_parameters(**wishes, **more)
+    page = theirs._make_submission_file_text(theirs._submitit_command_str, "x").splitlines()
+    made = render.batch_script(config("cluster=practice", "nodes=4", "gpus_per_node=2"), FOLDER).splitlines()
+    known = ("job-name", "nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "mem", "partition", "signal")
+    for flag in (*known, "open-mode"):
+        (line,) = [line for line in page if line.startswith(f"#SBATCH --{flag}=")]
+        assert line in made
+    assert "export SUBMITIT_EXECUTOR=slurm" in page and "export SUBMITIT_EXECUTOR=slurm" in made
+    for script in (page, made):
+        (command,) = [line for line in script if "srun" in line and not line.startswith("#")]
+        assert command.endswith(f" {theirs._submitit_command_str}")

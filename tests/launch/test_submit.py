@@ -204,7 +204,7 @@ def test_faults_of_the_run_raise_in_debug_and_are_named_by_local(
     record = newest_record(only_run(tmp_path))
     assert (record["attempt"], record["status"], record["cause"]) == (2, "failed", "error")
     err = capsys.readouterr().err
-    assert err.startswith("attempt 2 failed: RuntimeError: ") and "has changed since it was indexed" in err
+    assert err.startswith("attempt 2 failed at rank 0: RuntimeError: ") and "has changed since it was indexed" in err
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ import pytest
 
 from synthos.data.index import open_index
 from tests.launch.conftest import write_shard
-from tests.slurm.conftest import Cluster
+from tests.slurm.conftest import Cluster, wait_until
 from tests.support import ROOT, SMALL
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
@@ -81,30 +81,36 @@ def files(folder: Path) -> Iterator[tuple[Path, bytes]]:
 
 
 def test_submitit_on_two_nodes_of_two_ranks(bench: Bench, local: list[tuple[int, float]]) -> None:
-    done = bench.submit("submitit", "cluster=practice", "nodes=2", "gpus_per_node=2", "follow=true")
+    shape = ("cluster=practice", "nodes=2", "gpus_per_node=2", f"cluster.setup=['env > {bench.folder}/submitit.env']")
+    done = bench.submit("submitit", *shape, "follow=true")
     finished(bench, "submitit", done)
     assert bench.losses("submitit") == local
     folder = bench.run("submitit")
     job = (folder / "slurm" / "job").read_text()
     assert f"submitted job {job} of {folder}" in done.stdout and f"job {job}: done at step 6" in done.stdout
     # What a dry run shows is what was submitted, word for word.
-    dry = bench.submit("submitit", "cluster=practice", "nodes=2", "gpus_per_node=2", "dry_run=true").stdout
+    dry = bench.submit("submitit", *shape, "dry_run=true").stdout
     assert dry.split("batch script:\n")[1] == (folder / "slurm" / f"{job}_submission.sh").read_text()
-    # No secret of the submitting shell has travelled.
+    # No secret of the submitting shell has travelled, nor a rank that it is said to be.
+    variables_of_job = dict(variables(bench.folder / "submitit.env"))
+    assert SECRET not in variables_of_job.values() and "RANK" not in variables_of_job
+    assert variables_of_job["SLURM_JOB_ID"] == job
     shown = bench.cluster.run("scontrol", "show", "job", job).stdout
     assert "JobState=COMPLETED" in shown and SECRET not in shown
     assert not [path for path, content in files(folder) if SECRET.encode() in content]
 
 
 def test_by_hand_on_two_nodes_of_two_ranks(bench: Bench, local: list[tuple[int, float]]) -> None:
+    listing = bench.folder / "sbatch.env"
     shape = ("cluster=practice", "cluster.backend=sbatch", "nodes=2", "gpus_per_node=2")
-    done = bench.submit("sbatch", *shape)
+    done = bench.submit("sbatch", *shape, f"cluster.setup=['env > {listing}']")
     assert done.returncode == 0, done.stderr
     line = done.stdout.splitlines()[-1]
     assert line.startswith("env -i ") and " sbatch " in line and SECRET not in line
     assert bench.wait(submitted(bench, line)) == "COMPLETED"
     finished(bench, "sbatch", done)
     assert bench.losses("sbatch") == local
+    assert SECRET not in listing.read_text()
     assert not [path for path, content in files(bench.run("sbatch")) if SECRET.encode() in content]
 
 
@@ -192,6 +198,39 @@ def damage(shard: Path, member: str) -> None:
     os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
+@pytest.mark.parametrize("backend", ["submitit", "sbatch"])
+def test_a_cancelled_job_has_saved_and_the_next_goes_on(bench: Bench, backend: str) -> None:
+    """SIGTERM reaches the agents, the ranks agree on a step and save before Slurm kills them."""
+    name = f"cancel-{backend}"
+    shape = ("cluster=practice", f"cluster.backend={backend}", "nodes=2", "gpus_per_node=1", "optim.steps=4000")
+    done = bench.submit(name, *shape, "validate.every=null")
+    assert done.returncode == 0, done.stderr
+    folder = bench.run(name)
+    by_hand = backend == "sbatch"
+    job = submitted(bench, done.stdout.splitlines()[-1]) if by_hand else (folder / "slurm" / "job").read_text()
+    wait_until(lambda: (folder / "metrics.jsonl").exists() and len(bench.losses(name)) >= 2, "two steps", 120)
+    bench.cluster.run("scancel", job)
+    assert bench.wait(job) in ("CANCELLED", "COMPLETED")
+    verdict = json.loads((folder / "control" / "verdict.json").read_text())
+    assert (verdict["status"], verdict["cause"]) == ("stopped", "terminate")
+    assert (folder / "checkpoints" / f"step_{verdict['step']:08d}").is_dir() and verdict["step"] >= 2
+    again = bench.submit(name, *shape, "validate.every=null", "dry_run=true")
+    assert f"checkpoint of step {verdict['step']}, stopped" in again.stdout
+
+
+def test_a_wish_to_stop_reaches_a_job_that_still_waits(bench: Bench) -> None:
+    shape = ("cluster=practice", "nodes=1", "gpus_per_node=1", "optim.steps=4000", "+cluster.sbatch.hold=true")
+    done = bench.submit("waits", *shape)
+    assert done.returncode == 0, done.stderr
+    folder = bench.run("waits")
+    (folder / "control" / "stop").touch()
+    job = (folder / "slurm" / "job").read_text()
+    bench.cluster.run("scontrol", "release", job)
+    assert bench.wait(job) == "COMPLETED"
+    verdict = json.loads((folder / "control" / "verdict.json").read_text())
+    assert (verdict["status"], verdict["cause"]) == ("stopped", "stop") and verdict["step"] <= 1
+
+
 def test_a_job_that_is_submitted_by_a_job_gets_nothing_of_it(bench: Bench, tmp_path: Path) -> None:
     """The outer job's step has its own idea of cores, ranks and ports."""
     script = tmp_path / "outer.sh"
@@ -201,7 +240,7 @@ def test_a_job_that_is_submitted_by_a_job_gets_nothing_of_it(bench: Bench, tmp_p
         f"cluster.setup=['env > {listing}','exit 0']",
     ]  # fmt: skip
     command = shlex.join([sys.executable, "launch/submit.py", *overrides])
-    outer = f"cd {ROOT}\nexport RANK=7 MASTER_PORT=1 SBATCH_QOS=none\nenv > {tmp_path}/outer.txt"
+    outer = f"cd {ROOT}\nexport RANK=7 MASTER_PORT=1 SBATCH_QOS=none WANDB_API_KEY={SECRET}\nenv > {tmp_path}/outer.txt"
     script.write_text(f"#!/bin/bash\n{outer}\nexec {command}\n")
     script.chmod(0o755)
     done = bench.cluster.run("srun", "--ntasks=1", "--cpus-per-task=2", "--mem=2G", str(script))
@@ -211,7 +250,7 @@ def test_a_job_that_is_submitted_by_a_job_gets_nothing_of_it(bench: Bench, tmp_p
             break
         time.sleep(0.2)
     around, inner = (dict(variables(path)) for path in (tmp_path / "outer.txt", listing))
-    leaked = {"RANK", "MASTER_PORT", "SBATCH_QOS"} | {
+    leaked = {"RANK", "MASTER_PORT", "SBATCH_QOS", "WANDB_API_KEY"} | {
         name for name in around if re.match("SLURM_(STEP|SRUN|CPU_BIND|LAUNCH|UMASK|DISTRIBUTION)", name)
     }
     assert leaked > {"RANK", "SLURM_STEP_ID"} and not leaked & set(inner)
@@ -233,7 +272,7 @@ def variables(path: Path) -> Iterator[tuple[str, str]]:
             ("gpus_per_node=16", "batch={size: 16, micro: 1}"),
             "gpus_per_node: 16 is more than a node of partition batch",
         ),
-        (("nodes=9", "batch={size: 9, micro: 1}"), "cluster: Slurm would not take this job: .*[Nn]ode configuration"),
+        (("nodes=9", "batch={size: 9, micro: 1}"), "nodes: 9 are more than partition batch has, 4"),
         (("+cluster.sbatch.nonsense=1",), "cluster: Slurm would not take this job: .*nonsense"),
     ],
 )
@@ -247,14 +286,27 @@ def test_what_slurm_would_refuse_is_said_before_anything_is_queued(
     assert dry.returncode == 0 and re.search(f"missing: {said}", dry.stdout)
 
 
-def test_the_same_command_again_does_not_queue_twice(bench: Bench) -> None:
-    shape = ("cluster=practice", "nodes=1", "+cluster.sbatch.hold=true")
-    first = bench.submit("twice", *shape)
-    job = (bench.run("twice") / "slurm" / "job").read_text()
-    second = bench.submit("twice", *shape)
+@pytest.mark.parametrize("backend", ["submitit", "sbatch"])
+def test_the_same_command_again_does_not_queue_twice(bench: Bench, backend: str) -> None:
+    shape = ("cluster=practice", f"cluster.backend={backend}", "nodes=1", "+cluster.sbatch.hold=true")
+    first = bench.submit(f"twice-{backend}", *shape)
+    by_hand, slurm = backend == "sbatch", bench.run(f"twice-{backend}") / "slurm"
+    job = submitted(bench, first.stdout.splitlines()[-1]) if by_hand else (slurm / "job").read_text()
+    second = bench.submit(f"twice-{backend}", *shape)
     bench.cluster.run("scancel", job)
     assert first.returncode == 0 and second.returncode == 1
     assert f"has job {job} already, PENDING" in second.stderr
+
+
+def test_what_is_down_for_a_while_is_waited_for(bench: Bench) -> None:
+    """sbatch itself would queue such a job."""
+    bench.cluster.run("scontrol", "update", "NodeName=node3,node4", "State=DRAIN", "Reason=test")
+    try:
+        done = bench.submit("drained", "cluster=practice", "nodes=4", "+cluster.sbatch.hold=true")
+    finally:
+        bench.cluster.run("scontrol", "update", "NodeName=node3,node4", "State=RESUME")
+    assert done.returncode == 0 and "note: Slurm: " in done.stdout, done.stdout + done.stderr
+    bench.cluster.run("scancel", (bench.run("drained") / "slurm" / "job").read_text())
 
 
 def test_what_the_golden_pages_say_is_taken_by_slurm(bench: Bench) -> None:
