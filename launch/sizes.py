@@ -30,7 +30,7 @@ def counted_rows(config: RunConfig, sizes: Sizes) -> dict[str, str]:
     """Parameters, layout and memory of a rank, and what is written, of a model built without its weights."""
     memory = _known_memory(config)
     layout = choose_layout(config, sizes, math.inf if memory is None else memory)
-    checkpoint, export = readable(checkpoint_bytes(config, sizes)), readable(export_bytes(config, sizes))
+    checkpoint, export = readable(checkpoint_bytes(config, sizes)), readable(export_bytes(sizes))
     return {
         "parameters": f"{sizes.trainable:,} trainable, {sizes.total:,} in all",
         "trained": _counts({name: count(shapes) for name, shapes in sizes.groups.items()}),

@@ -39,7 +39,7 @@ def queued(job: str) -> Queued | None:
 
 def job_of(folder: Path) -> Queued | None:
     """The job of a run, while it is in the queue, however it was submitted: known by its name and its output."""
-    if not shutil.which("squeue"):
+    if not (folder / "slurm").is_dir() or not shutil.which("squeue"):  # never submitted, or Slurm is elsewhere
         return None
     listed = ask(["squeue", "--noheader", f"--name={folder.name}", "--format=%i", "--states=all"])
     if listed.returncode:

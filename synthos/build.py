@@ -13,7 +13,7 @@ from torch import nn
 from synthos.batch import Features
 from synthos.data.stream import HeldOut, Stream
 from synthos.models import initial
-from synthos.models.parts import Models
+from synthos.models.parts import Models, contents
 from synthos.recipes.base import Encoded, Recipe, load_encoded, save_encoded
 from synthos.schema import RunConfig
 from synthos.strict import load, unknown
@@ -86,6 +86,7 @@ def build_job(config: RunConfig, folder: Path, world: World, stop: Stop, attempt
     models = Models(config.model, Path(config.cache_dir), seed=config.seed)
     with world.main_first():  # writes the parts of a tiny model; transformers saves on rank 0 only
         recipe = build_recipe(config.recipe, models)
+        initial.hold(config, folder, write=world.is_main)
     initial.start_from(config, recipe.network, models)
     recipe.compute_dtype = world.dtype
     held_out = HeldOut(config.data, recipe.inputs)
@@ -103,6 +104,7 @@ def build_job(config: RunConfig, folder: Path, world: World, stop: Stop, attempt
     fill_frozen(recipe, models, world.device, world.dtype, everyone)
     encoded, null = prepare_requests(config, folder, recipe, held_out, world)
     state = build_state(config, recipe, models, world)
+    starts, added = models.tensors(recipe.network), models.added(recipe.network).names
     checkpoints = Checkpoints(folder / "checkpoints", world, config.checkpoint.keep_last, config.checkpoint.keep_best)
     validator = Validator(
         recipe, world, held_out, encoded, null, config.batch.micro, config.validate.samples, config.validate.seed
@@ -119,7 +121,13 @@ def build_job(config: RunConfig, folder: Path, world: World, stop: Stop, attempt
         report=Report(folder, config, world, attempt),
         stop=stop,
         export=exporter(
-            folder / "weights", config, world, models.part(recipe.network), null, models.added(recipe.network).names
+            folder / "weights",
+            config,
+            world,
+            models.part(recipe.network),
+            null,
+            added={name: starts[name] for name in added},
+            content=contents(config.model) if world.is_main else {},
         ),
         last_step=last_step(config, len(stream)),
     )

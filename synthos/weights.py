@@ -3,9 +3,8 @@
 Looking costs nothing: only names, sizes and small JSON files are read before `start` or `null` is called.
 """
 
-import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 from synthos.batch import Features
-from synthos.models.exported import ABOUT_FILE, FORMAT, NULL_FILE, network_file, read_about
-from synthos.models.initial import start_from
+from synthos.models.exported import ABOUT_FILE, NULL_FILE, Export, find_export
+from synthos.models.initial import changed, start_from
 from synthos.models.parts import Models
 from synthos.models.tensors import take_tensors, tensor_files
 from synthos.recipes.base import load_encoded
-from synthos.schema import ModelConfig, RunConfig
-from synthos.strict import load, read_config
+from synthos.schema import ModelConfig, PartConfig, RunConfig
+from synthos.strict import read_config
 from synthos.train.checkpoint import MANIFEST, STATE, is_whole, read_tensors, stored_sizes
 
 EXPECTED = (
@@ -71,9 +70,12 @@ def find_source(path: Path, average: bool | None = None) -> Source:
     """
     if path.is_dir() and ((path / STATE).is_file() or (path / MANIFEST).is_file()):
         return _checkpoint(path, average)
-    if not path.is_file() and not (path / ABOUT_FILE).is_file():
-        raise ValueError(f"weights: {path} {f'lacks {ABOUT_FILE}' if path.is_dir() else 'does not exist'}; {EXPECTED}")
-    source = _lone_file(path) if path.is_file() else _export(path)
+    export = find_export(path, "weights")
+    if export is None:
+        beside = f"is no .safetensors file with {ABOUT_FILE} and {NULL_FILE} beside it"
+        problem = f"lacks {ABOUT_FILE}" if path.is_dir() else beside if path.exists() else "does not exist"
+        raise ValueError(f"weights: {path} {problem}; {EXPECTED}")
+    source = _exported(export)
     if average is not None and average != source.averaged:
         held = "averaged" if source.averaged else "raw"
         raise ValueError(
@@ -83,49 +85,31 @@ def find_source(path: Path, average: bool | None = None) -> Source:
     return source
 
 
-def _export(folder: Path) -> Source:
-    about = read_about(folder, "weights")
-    if not about["complete"]:
-        return _source(folder, folder, about, partial(_start, folder, network_file(folder, about)))
-    parts = {**about["model"].get("parts", {}), about["part"]: {"path": str(folder / about["part"])}}
-    whole = {**about, "model": {**about["model"], "parts": parts}}
-    return _source(folder, folder, whole, lambda network, models: None)
-
-
-def _lone_file(file: Path) -> Source:
-    above = file.parent.parent
-    if (above / ABOUT_FILE).is_file() and network_file(above, about := read_about(above, "weights")) == file:
-        return _export(above)
-    absent = [name for name in (ABOUT_FILE, NULL_FILE) if not (file.parent / name).is_file()]
-    if absent or file.suffix != ".safetensors":
-        raise ValueError(f"weights: {file} has no {' and no '.join(absent)} beside it; {EXPECTED}")
-    about = json.loads((file.parent / ABOUT_FILE).read_text())
-    if about.get("format") != FORMAT:
-        raise ValueError(f"weights: {file.parent} has format {about.get('format')}, this version reads {FORMAT}")
-    return _source(file, file.parent, about, partial(_start, file, file))
-
-
-def _source(path: Path, folder: Path, about: dict[str, Any], start: Callable[[nn.Module, Models], None]) -> Source:
+def _exported(export: Export) -> Source:
+    about, model = export.about, export.about.model
+    if about.complete and not export.alone:  # a model folder, in place of the part that the run began with
+        parts = {**model.parts, about.part: PartConfig(str(export.file.parent))}
+        model = replace(model, parts=parts)
     return Source(
-        path=path,
-        recipe=about["recipe"],
-        model=load(ModelConfig, about["model"], f"{folder / ABOUT_FILE}: model"),
-        size=(about["height"], about["width"]),
-        cache_dir=Path(about["cache_dir"]),
-        averaged=about["weights"] == "ema",
-        start=start,
-        null=partial(load_file, folder / NULL_FILE),
+        path=export.file if export.alone else export.folder,
+        recipe=about.recipe,
+        model=model,
+        size=(about.height, about.width),
+        cache_dir=Path(about.cache_dir),
+        averaged=about.weights == "ema",
+        start=partial(_start, export),
+        null=partial(load_file, export.folder / NULL_FILE),
     )
 
 
-def _start(named: Path, file: Path, network: nn.Module, models: Models) -> None:
+def _start(export: Export, network: nn.Module, models: Models) -> None:
     """Take every tensor of an export's file: all that trained and all that the base has not, and what else is there.
 
     That is what the run had from `init_from` and did not train.
     """
-    where = tensor_files(file)
+    where = tensor_files(export.file)
     names = [name for name, _ in network.named_parameters()]
-    _check_names(named, set(where), {*_trained(network), *models.added(network).names}, set(names))
+    _check_names(export.file, set(where), {*_trained(network), *models.added(network).names}, set(names))
     models.extend(network, take_tensors(network, where, {name: name for name in where}))
 
 
@@ -158,6 +142,8 @@ def _checkpoint(path: Path, average: bool | None) -> Source:
     averaged = config.ema.decay is not None if average is None else average
 
     def start(network: nn.Module, models: Models) -> None:
+        if problem := changed(config, run):
+            raise ValueError(f"weights: {path}: {problem}")
         start_from(config, network, models)  # what the run did not train, it may have from there
         prefix = "ema." if averaged else "network."
         sizes = stored_sizes(path, prefix)

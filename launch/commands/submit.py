@@ -12,6 +12,7 @@ from launch.requests import load_requests
 from launch.rundir import open_folder, read_state, run_folder
 from launch.start import start
 from launch.survey import survey
+from synthos.models import initial
 from synthos.models.parts import pinned
 from synthos.schema import RunConfig
 
@@ -52,7 +53,8 @@ def make_plan(config: RunConfig, dry_run: bool, full: bool = False) -> Plan:
     if problems:
         raise ValueError("\n".join(problems))
     validate = dataclasses.replace(config.validate, requests=load_requests(config, recipe))
-    config = dataclasses.replace(config, validate=validate, model=pinned(config.model))
+    model, init_from = pinned(config.model), initial.pinned(config.init_from)
+    config = dataclasses.replace(config, validate=validate, model=model, init_from=init_from)
     sizes = measure(config) if full or not dry_run else None
     found = survey(config, recipe, dry_run, [*machine_problems(config)])
     samples, fingerprint = found.data.samples, found.data.fingerprint

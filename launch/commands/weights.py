@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from synthos.models.exported import network_file, read_about
+from synthos.models.exported import ABOUT_FILE, find_export
 from synthos.models.tensors import tensor_files
 from synthos.models.wan import original_name
 
@@ -36,7 +36,10 @@ def export_original(folder: Path, out: Path) -> list[str]:
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    stored = tensor_files(network_file(folder, read_about(folder, "weights")))
+    export = find_export(folder, "weights")
+    if export is None:
+        raise ValueError(f"weights: {folder} lacks {ABOUT_FILE}; expected a folder like weights/step_00002000 of a run")
+    stored = tensor_files(export.file)
     renamed = {original: name for name in stored if (original := original_name(name))}
     if not renamed:
         raise ValueError(f"weights: {folder} holds no image projector of Wan2.1")

@@ -5,20 +5,21 @@ are real), and `Models.tensors` says where each of them comes from. `train/distr
 """
 
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from synthos.models.content import digest
 from synthos.models.meta import construct, meta_parameters, to_meta
-from synthos.models.tensors import WEIGHTS, Tensors, match_tensors, read_json
+from synthos.models.tensors import WEIGHTS, Shape, Tensors, absent_shards, match_tensors, read_json, weights_file
 from synthos.models.tiny import Tiny, tiny_folder
 from synthos.schema import ModelConfig, PartConfig
 from synthos.strict import unknown
 
-Adopt = Callable[[Collection[str]], dict[str, str]]  # names in a file -> {parameter: its name in the file}
+Adopt = Callable[[Mapping[str, Shape]], dict[str, str]]  # tensors of files -> {parameter: its name in the files}
 
 
 @dataclass
@@ -150,14 +151,7 @@ def absent_files(folder: Path) -> list[str]:
         return []
     if not (folder / "config.json").is_file():
         return ["config.json"]
-    for name in WEIGHTS:
-        if (folder / name).is_file():
-            return []
-        index = folder / f"{name}.index.json"
-        if index.is_file():
-            files = sorted(set(read_json(index)["weight_map"].values()))
-            return [f for f in files if not (folder / f).is_file()]
-    return [" or ".join(WEIGHTS)]
+    return absent_shards(folder) if weights_file(folder) else [" or ".join(WEIGHTS)]
 
 
 def absent(part: str, spec: PartConfig) -> str | None:
@@ -172,6 +166,16 @@ def absent(part: str, spec: PartConfig) -> str | None:
 def missing(config: ModelConfig) -> list[str]:
     """A line for every part of a model whose files are not on this machine."""
     return [line for part, spec in config.parts.items() if (line := absent(part, spec))]
+
+
+def content(part: str, spec: PartConfig) -> str | None:
+    """The digest of a part's files; None where they are not on this machine."""
+    return None if absent(part, spec) else digest(find_folder(part, spec))
+
+
+def contents(config: ModelConfig) -> dict[str, str]:
+    """The digests of all parts of a model that are on this machine."""
+    return {part: found for part, spec in config.parts.items() if (found := content(part, spec))}
 
 
 def pinned(config: ModelConfig) -> ModelConfig:
@@ -202,12 +206,12 @@ def _hub_folder(part: str, spec: PartConfig) -> Path:
         only = f" --include '{spec.subfolder}/*'" if spec.subfolder else ""
         raise ValueError(
             f"model.parts.{part}: {spec.path!r} is no local folder and not in the hub cache; "
-            f"run `hf download {spec.path}{only}`, or use model=tiny{_gate()}"
+            f"run `hf download {spec.path}{only}`, or use model=tiny{gate()}"
         )
     return folder
 
 
-def _gate() -> str:
+def gate() -> str:
     """What the download of a gated model needs besides; said to whoever has no token, since the cache can't tell."""
     from huggingface_hub import get_token
 

@@ -1,7 +1,8 @@
 """Where the tensors of a module come from: safetensors files in the hub's layout, or a seeded draw."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 from synthos.keys import hash64, signed64
 
 Tensors = dict[str, Callable[[], Tensor]]  # parameter name -> its whole value, read or made when called
+Shape = tuple[int, ...]
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+INDEX = ".index.json"  # ends the name of the list of a model's shards
 
 
 def match_tensors(module: nn.Module, folder: Path) -> Tensors:
@@ -36,14 +39,22 @@ def take_tensors(module: nn.Module, where: Mapping[str, Path], keys: Mapping[str
     Only headers are read here. Raises ValueError for a tensor of another shape, naming both.
     """
     found: Tensors = {}
+    shapes = stored_shapes({key: where[key] for key in keys.values()})
     for name, key in keys.items():
-        path, expected = where[key], tuple(module.get_parameter(name).shape)
-        with safe_open(path, "pt") as file:
-            shape = tuple(file.get_slice(key).get_shape())
-        if shape != expected:
-            raise ValueError(f"{path}: {key} has shape {shape}, the model needs {expected}")
-        found[name] = partial(_read_tensor, path, key)
+        expected = tuple(module.get_parameter(name).shape)
+        if shapes[key] != expected:
+            raise ValueError(f"{where[key]}: {key} has shape {shapes[key]}, the model needs {expected}")
+        found[name] = partial(_read_tensor, where[key], key)
     return found
+
+
+def stored_shapes(where: Mapping[str, Path]) -> dict[str, Shape]:
+    """The shapes of tensors in files, by their names; ValueError for a file that is not whole, or lacks one."""
+    shapes: dict[str, Shape] = {}
+    for path in set(where.values()):
+        with _opened(path) as file:
+            shapes |= {key: tuple(file.get_slice(key).get_shape()) for key, there in where.items() if there == path}
+    return shapes
 
 
 def tensor_files(path: Path) -> dict[str, Path]:
@@ -51,15 +62,31 @@ def tensor_files(path: Path) -> dict[str, Path]:
 
     Raises ValueError where there are none, or the file is not whole.
     """
+    file = weights_file(path)
+    if file is None:
+        raise ValueError(f"{path} lacks {' or '.join(WEIGHTS)}")
+    if file.suffix != ".json":
+        with _opened(file) as opened:
+            return dict.fromkeys(opened.keys(), file)
+    if absent := absent_shards(path):
+        raise ValueError(f"{path} lacks {', '.join(absent)}")
+    return {key: file.parent / shard for key, shard in _shards(file).items()}
+
+
+def weights_file(path: Path) -> Path | None:
+    """The safetensors file of a folder in the hub's layout, or the index of its shards; a file is itself."""
     if path.is_file():
-        return dict.fromkeys(_names(path), path)
-    for name in WEIGHTS:
-        index = path / f"{name}.index.json"
-        if index.is_file():
-            return {key: path / file for key, file in read_json(index)["weight_map"].items()}
-        if (path / name).is_file():
-            return dict.fromkeys(_names(path / name), path / name)
-    raise ValueError(f"{path} lacks {' or '.join(WEIGHTS)}")
+        return path
+    files = [path / f"{name}{end}" for name in WEIGHTS for end in ("", INDEX)]
+    return next((file for file in files if file.is_file()), None)
+
+
+def absent_shards(path: Path) -> list[str]:
+    """The shards that an index lists and its folder has not: a download that did not end."""
+    file = weights_file(path)
+    if file is None or file.suffix != ".json":
+        return []
+    return [shard for shard in sorted({*_shards(file).values()}) if not (file.parent / shard).is_file()]
 
 
 def seeded(seed: int, name: str, make: Callable[[torch.Generator], Tensor]) -> Callable[[], Tensor]:
@@ -68,7 +95,20 @@ def seeded(seed: int, name: str, make: Callable[[torch.Generator], Tensor]) -> C
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text())
+    """What a JSON file holds; ValueError for a file that is none."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+
+
+def _shards(index: Path) -> dict[str, str]:
+    """The file of each tensor, as an index lists them."""
+    content = read_json(index)
+    shards = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+        raise ValueError(f"{index} has no weight_map from tensors to files")
+    return shards
 
 
 def _read_tensor(path: Path, key: str) -> Tensor:
@@ -77,10 +117,11 @@ def _read_tensor(path: Path, key: str) -> Tensor:
     return tensor
 
 
-def _names(file: Path) -> list[str]:
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
     try:
         with safe_open(file, "pt") as opened:
-            return list(opened.keys())
+            yield opened
     except SafetensorError as error:
         raise ValueError(f"{file} is no whole safetensors file: {error}") from None
 

@@ -6,7 +6,7 @@ so that diffusers reads what is exported.
 
 import math
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from synthos.models.meta import meta_parameters
 from synthos.models.parts import Models
-from synthos.models.tensors import Tensors, seeded
+from synthos.models.tensors import Shape, Tensors, seeded
 from synthos.models.tiny import Tiny
 
 PROJECTOR = "condition_embedder.image_embedder"
@@ -25,6 +25,23 @@ IMAGE_ATTENTION = re.compile(rf"blocks\.(\d+)\.attn2\.({NORM}|{KEY}|{VALUE})\.(\
 # Diffusers' names -> those of the original release, of which `img_emb.proj` is a Sequential.
 ORIGINAL_PROJECTOR = {"norm1": "0", "ff.net.0.proj": "1", "ff.net.2": "3", "norm2": "4"}
 ORIGINAL_ATTENTION = {NORM: "norm_k_img", KEY: "k_img", VALUE: "v_img"}
+ORIGINAL_BODY = {  # parts of the names of all other parameters
+    "condition_embedder.time_embedder.linear_1.": "time_embedding.0.",
+    "condition_embedder.time_embedder.linear_2.": "time_embedding.2.",
+    "condition_embedder.text_embedder.linear_1.": "text_embedding.0.",
+    "condition_embedder.text_embedder.linear_2.": "text_embedding.2.",
+    "condition_embedder.time_proj.": "time_projection.1.",
+    "proj_out.": "head.head.",
+    ".scale_shift_table": ".modulation",  # of a block
+    "scale_shift_table": "head.modulation",
+    ".attn1.": ".self_attn.",
+    ".attn2.": ".cross_attn.",
+    **{f".to_{name}.": f".{name}." for name in "qkv"},
+    ".to_out.0.": ".o.",
+    ".norm2.": ".norm3.",
+    ".ffn.net.0.proj.": ".ffn.0.",
+    ".ffn.net.2.": ".ffn.2.",
+}
 NO_VALUES = (
     "recipe.train: projector is not allowed here with recipe.attention=decoupled: image values would start at zero, "
     "and no gradient would pass them; expected image_attention, or init_from= weights with image keys and values"
@@ -103,11 +120,12 @@ def original_name(name: str) -> str | None:
     return None
 
 
-def connector_keys(transformer: nn.Module, stored: Collection[str]) -> dict[str, str]:
+def connector_keys(transformer: nn.Module, stored: Mapping[str, Shape]) -> dict[str, str]:
     """The projector and, where attention is decoupled, the image keys and values, to their names among `stored`.
 
-    Names may be diffusers' or the original's; other tensors are left alone, since those of an image-to-video model
-    belong to one with other channels. Raises ValueError where the projector is not there, or only a part of either is.
+    Names may be diffusers' or the original's. Other tensors are left alone where they belong to another network, as
+    those of an image-to-video model do, which has other channels. Raises ValueError where the projector is not there,
+    or only a part of either is, or where the others would fit: a trained body must not be lost unnoticed.
     """
     wanted = {name: original for name, _ in transformer.named_parameters() if (original := original_name(name))}
     keys = {name: key for name, original in wanted.items() for key in (name, original) if key in stored}
@@ -116,7 +134,26 @@ def connector_keys(transformer: nn.Module, stored: Collection[str]) -> dict[str,
         partly = any(_group(name) == group for name in keys)
         if lacking and (partly or group == "projector"):
             raise ValueError(f"lacks {len(lacking)} tensors of the {group.replace('_', ' ')}, first {lacking[0]!r}")
+    _check_body({name: p for name, p in transformer.named_parameters() if name not in wanted}, stored)
     return keys
+
+
+def original_body_name(name: str) -> str:
+    """The name in the original release of a parameter of neither the projector nor the image keys and values."""
+    for ours, theirs in ORIGINAL_BODY.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def _check_body(body: Mapping[str, nn.Parameter], stored: Mapping[str, Shape]) -> None:
+    """Raise ValueError for stored tensors of the `body`, unless the shape of one says that they are another model's."""
+    found = [(key, p) for name, p in body.items() for key in {name, original_body_name(name)} if key in stored]
+    if found and all(stored[key] == tuple(parameter.shape) for key, parameter in found):
+        raise ValueError(
+            f"holds {len(found)} tensors besides the projector and the image keys and values that would fit this "
+            f"run's network and be lost, first {found[0][0]!r}; expected a file without them, or, as "
+            "model.parts.transformer.path, the whole network in diffusers' layout"
+        )
 
 
 def _group(name: str) -> str:

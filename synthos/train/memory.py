@@ -157,9 +157,9 @@ def checkpoint_bytes(config: RunConfig, sizes: Sizes) -> int:
     return MASTER * (copies * sizes.trainable + len(sizes.trained))
 
 
-def export_bytes(config: RunConfig, sizes: Sizes) -> int:
-    """Of one export: what was trained, in float32, and what was added to the base model, as it is computed with."""
-    return MASTER * sizes.trainable + _low(config) * count(sizes.added)
+def export_bytes(sizes: Sizes) -> int:
+    """Of one export: what was trained, and what was added to the base model as its source has it: float32 at most."""
+    return MASTER * (sizes.trainable + count(sizes.added))
 
 
 def count(shapes: Shapes) -> int:

@@ -111,7 +111,7 @@ def test_identity_is_weights_requests_and_settings(photo: Path, monkeypatch: pyt
     assert signed(weights, *elsewhere, prompt="a", reference="photo.jpg") == plain
     others = [signed(weights, *words, prompt="a", reference="photo.jpg") for words in (["dtype=bf16"], ["grid=3"])]
     others += [signed(weights, prompt="b", reference="photo.jpg"), signed(weights, prompt="a")]
-    monkeypatch.setattr("launch.identity.WHOLE_BELOW", 2**17)  # of a large file, some of the numbers
+    monkeypatch.setattr("synthos.models.content.WHOLE_BELOW", 2**17)  # of a large file, some of the numbers
     (weights / "a.safetensors").write_bytes(bytes(2**18 - 1) + b"x")
     others.append(signed(weights, prompt="a", reference="photo.jpg"))
     Image.new("RGB", (20, 10), "blue").save(photo)

@@ -200,3 +200,12 @@ def test_what_a_gated_model_needs_is_said_where_there_is_no_token(monkeypatch: p
     assert "a gated model also needs `hf auth login`, there is no Hugging Face token here" in missing(config)[0]
     monkeypatch.setenv("HF_TOKEN", "hf_x")
     assert "gated" not in missing(config)[0]
+
+
+def test_an_index_that_lists_nothing_is_said_and_not_raised(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text("[]")
+    assert missing(ModelConfig("mine", {"vae": PartConfig(str(tmp_path))})) == [
+        f"{index} has no weight_map from tensors to files"
+    ]

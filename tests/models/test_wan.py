@@ -13,6 +13,7 @@ from synthos.models.wan import (
     TINY_TRANSFORMER,
     build_transformer,
     connector_keys,
+    original_body_name,
     original_name,
     split_parameters,
 )
@@ -151,44 +152,79 @@ def test_an_original_projector_computes_what_the_sequential_does(tiny: Models) -
         parameter.normal_()
     stored = {f"img_emb.proj.{name}": value for name, value in plain.state_dict().items()}
     network = built(tiny, "shared_kv")
-    keys = connector_keys(network, stored)
+    keys = connector_keys(network, {name: tuple(value.shape) for name, value in stored.items()})
     assert len(keys) == len(stored) == 8
     network.load_state_dict({name: stored[key] for name, key in keys.items()}, strict=False)
     _, image = context("shared_kv")
     torch.testing.assert_close(network.get_submodule(PROJECTOR)(image), plain(image), rtol=1e-5, atol=1e-5)
 
 
-def original(network: Any) -> set[str]:
-    return {name for n, _ in network.named_parameters() if (name := original_name(n))}
+Shapes = dict[str, tuple[int, ...]]
+OTHER = {"patch_embedding.weight": (128, 36, 1, 2, 2)}  # of a model that also reads latents of the reference
+
+
+def shapes(network: Any) -> Shapes:
+    return {name: tuple(p.shape) for name, p in network.named_parameters()}
+
+
+def original(network: Any) -> Shapes:
+    return {name: shape for ours, shape in shapes(network).items() if (name := original_name(ours))}
+
+
+def body(network: Any) -> Shapes:
+    """All that is neither projector nor image keys and values, by diffusers' names."""
+    return {name: shape for name, shape in shapes(network).items() if not original_name(name)}
 
 
 def test_only_the_connector_is_taken_from_a_larger_model(tiny: Models) -> None:
     shared, decoupled = (build_transformer(tiny, 64, attention) for attention in TOKENS)
-    release = original(decoupled) | {
-        "patch_embedding.weight",
-        "blocks.0.cross_attn.k.weight",
-        "blocks.0.attn2.to_k.bias",
-    }
-    assert set(connector_keys(decoupled, release).values()) == original(decoupled)
-    assert set(connector_keys(shared, release).values()) == original(shared)
-    ours = [name for name, _ in decoupled.named_parameters()]  # diffusers' names, with 36 input channels for example
-    keys = connector_keys(decoupled, ours)
+    release = original(decoupled) | {original_body_name(name): s for name, s in body(decoupled).items()} | OTHER
+    assert set(connector_keys(decoupled, release).values()) == set(original(decoupled))
+    assert set(connector_keys(shared, release).values()) == set(original(shared))
+    keys = connector_keys(decoupled, shapes(decoupled) | OTHER)  # by diffusers' names
     assert all(name == key for name, key in keys.items()) and len(keys) == 8 + 4 * 5
+
+
+@pytest.mark.parametrize("attention", TOKENS)
+def test_a_body_that_fits_is_not_lost_unnoticed(tiny: Models, attention: str) -> None:
+    network = build_transformer(tiny, 64, attention)
+    ours = body(network)
+    theirs = {original_body_name(name): shape for name, shape in ours.items()}
+    assert "blocks.0.self_attn.q.weight" in theirs and "blocks.0.attn1.to_q.weight" in ours
+    for whole, first in ((ours, "scale_shift_table"), (theirs, "head.modulation")):
+        with pytest.raises(ValueError, match=f"^holds {len(ours)} tensors besides .* and be lost, first '{first}'"):
+            connector_keys(network, original(network) | whole)
+        for name in whole:  # a single one would be lost as well
+            with pytest.raises(ValueError, match=f"^holds 1 tensors .* first '{name}'"):
+                connector_keys(network, original(network) | {name: whole[name]})
+
+
+def test_original_body_names_are_what_diffusers_converts(tiny: Models) -> None:
+    from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+
+    names = {name: original_body_name(name) for name in body(build_transformer(tiny, 64, "decoupled"))}
+    assert set(convert_wan_transformer_to_diffusers(dict.fromkeys(names.values()))) == names.keys()
+    for ours, theirs in names.items():
+        assert [*convert_wan_transformer_to_diffusers({theirs: None})] == [ours]
 
 
 def test_a_projector_alone_may_be_taken_but_no_part_of_anything(tiny: Models) -> None:
     decoupled = build_transformer(tiny, 64, "decoupled")
     everything = original(decoupled)
-    projector = {name for name in everything if name.startswith("img_emb")}
-    assert set(connector_keys(decoupled, projector).values()) == projector
+
+    def without(*names: str) -> Shapes:
+        return {name: shape for name, shape in everything.items() if name not in names}
+
+    projector = {name: shape for name, shape in everything.items() if name.startswith("img_emb")}
+    assert set(connector_keys(decoupled, projector).values()) == set(projector)
     with pytest.raises(ValueError, match=r"^lacks 1 tensors of the projector, first 'img_emb\.proj\.3\.bias'"):
-        connector_keys(decoupled, everything - {"img_emb.proj.3.bias"})
+        connector_keys(decoupled, without("img_emb.proj.3.bias"))
     with pytest.raises(
         ValueError, match=r"^lacks 1 tensors of the image attention, first 'blocks\.2\.cross_attn\.v_img"
     ):
-        connector_keys(decoupled, everything - {"blocks.2.cross_attn.v_img.weight"})
+        connector_keys(decoupled, without("blocks.2.cross_attn.v_img.weight"))
     with pytest.raises(ValueError, match="^lacks 8 tensors of the projector"):
-        connector_keys(decoupled, everything - projector)
+        connector_keys(decoupled, without(*projector))
 
 
 def test_values_that_must_be_given_are_asked_for(tiny: Models) -> None:

@@ -13,11 +13,14 @@ from torch import Tensor
 
 import synthos
 from launch.cli import main
-from synthos.build import build_job
+from synthos.build import build_job, measure
 from synthos.data.index import open_index
+from synthos.models.content import digest
 from synthos.models.wan import original_name
+from synthos.run import main as main_of_ranks
 from synthos.schema import RunConfig
 from synthos.strict import read_config
+from synthos.train.memory import export_bytes
 from synthos.train.stop import Stop
 from tests.launch.conftest import write_shard
 from tests.support import synthos as command
@@ -186,6 +189,49 @@ def test_phases_on_two_ranks_end_as_on_one(lab: Laboratory) -> None:
         assert (two[key] - value).norm() < 1e-2 * learned, key  # Adam turns rounding of tiny gradients into steps
 
 
+def test_what_did_not_learn_goes_out_as_it_came_in(lab: Laboratory) -> None:
+    """The computation rounds to bfloat16; an export of a network that was not trained further does not."""
+    before = stored(lab.weights("second"))
+    options = ("recipe.train=projector", "precision=bf16", f"init_from={lab.weights('second')}")
+    now = stored(lab.train("rounded", DECOUPLED, *options))
+    kept = {name for name in before if "attn2" in name}
+    assert now.keys() == before.keys() and len(kept) == 4 * 5
+    assert all(torch.equal(now[name], before[name]) for name in kept)
+    assert any(not torch.equal(before[name], before[name].bfloat16().float()) for name in kept)
+    planned = export_bytes(measure(read_config(RunConfig, lab.run("rounded") / "config.yaml")))
+    assert planned == sum(4 * value.numel() for value in now.values())
+
+
+def test_an_export_knows_the_content_of_its_base(lab: Laboratory, tmp_path: Path, capsys: Capture) -> None:
+    (tiny,) = (lab.home / "cache" / "tiny").glob("vae-*")
+    vae = shutil.copytree(tiny, tmp_path / "vae")
+    weights = lab.train("local", "optim.steps=1", f"+model.parts.vae.path={vae}")
+    assert json.loads((weights / "synthos.json").read_text())["content"] == {"vae": digest(vae)}
+    moved = f"+model.parts.vae.path={vae.rename(tmp_path / 'moved')}"
+    assert lab.submit(moved, f"init_from={weights}", "dry_run=full") == 0
+    config = tmp_path / "moved" / "config.json"
+    config.write_text(config.read_text() + "\n")
+    capsys.readouterr()
+    assert "was trained with model.parts.vae's content" in refused(lab, capsys, moved, f"init_from={weights}")
+
+
+def test_a_run_goes_on_only_from_the_weights_it_started_from(lab: Laboratory, tmp_path: Path) -> None:
+    """What it adopted and does not train is in no checkpoint: it is read again by every attempt, and to generate."""
+    copy = shutil.copytree(lab.weights("second"), tmp_path / "copy")
+    lab.train("held", DECOUPLED, "recipe.train=projector", "optim.steps=1", f"init_from={copy}")
+    run = lab.run("held")
+    (checkpoint,) = run.glob("checkpoints/*")
+    synthos.load(checkpoint)
+    file = copy / "transformer" / "trained.safetensors"
+    tensors = load_file(file)
+    tensors["blocks.0.attn2.add_v_proj.weight"] += 1
+    save_file(tensors, file)
+    with pytest.raises(RuntimeError, match=f"^init_from: {copy} has content .*, the run started from {copy} with"):
+        main_of_ranks(run, 2)
+    with pytest.raises(ValueError, match=f"^weights: {checkpoint}: init_from: {copy} has content"):
+        synthos.load(checkpoint)
+
+
 def about_with(weights: Path, folder: Path, **changes: Any) -> Path:
     """A copy of exported weights whose synthos.json says something else."""
     copy = shutil.copytree(weights, folder)
@@ -221,6 +267,10 @@ def test_weights_that_do_not_belong_to_the_run_are_refused(lab: Laboratory, tmp_
     model = {"name": "tiny", "parts": {"vae": {"path": "lab/vae", "subfolder": None, "revision": None}}}
     message = refused(lab, capsys, f"init_from={about_with(first, tmp_path / 'model', model=model)}")
     assert "was trained with model.parts.vae.path lab/vae, this run has None" in message
+    for changes, words in (({"cache_dir": None}, "cache_dir: None is not allowed"), ({"more": 1}, "more: unknown key")):
+        path = about_with(first, tmp_path / words[:4], **changes)
+        message = refused(lab, capsys, f"init_from={path}")
+        assert message.startswith(f"init_from: {path / 'synthos.json'}: {words}") and "\n" not in message
     message = refused(lab, capsys, f"init_from={about_with(first, tmp_path / 'format', format=99)}")
     assert message.startswith("init_from: ") and "has format 99, this version reads 1" in message
 
@@ -253,6 +303,23 @@ def test_absent_weights_are_a_missing_line_of_the_plan(lab: Laboratory, capsys: 
     assert "\nmissing: init_from: 'no/where' is no local file" in capsys.readouterr().out
 
 
+def test_an_unfinished_download_is_one_too(lab: Laboratory, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "1.safetensors"}}')
+    assert lab.submit(f"init_from={tmp_path}", "dry_run=true") == 0
+    assert f"\nmissing: init_from: {tmp_path} lacks 1.safetensors\n" in capsys.readouterr().out
+
+
+def test_a_hub_id_is_frozen_as_its_snapshot(lab: Laboratory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a later download brings is for later runs."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--lab--first" / "snapshots" / ("0123456789" * 4)
+    shutil.copytree(lab.weights("first"), snapshot)
+    (tmp_path / "models--lab--first" / "refs").mkdir()
+    (tmp_path / "models--lab--first" / "refs" / "main").write_text(snapshot.name)
+    lab.train("hub", "optim.steps=1", "init_from=lab/first")
+    assert read_config(RunConfig, lab.run("hub") / "config.yaml").init_from == str(snapshot)
+
+
 def test_a_path_is_taken_from_the_current_folder_and_content_is_the_identity(
     lab: Laboratory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
@@ -278,6 +345,10 @@ def test_export_says_what_is_wrong(lab: Laboratory, tmp_path: Path, capsys: Capt
         (["weights=x"], "usage: synthos weights export"),
         ([f"weights={lab.weights('first')}", "out=x.bin"], "expected a file like projector.safetensors"),
         ([f"weights={tmp_path}", "out=x.safetensors"], "lacks synthos.json"),
+        ([f"weights={about_with(lab.weights('first'), tmp_path / 'a', recipe=3)}", "out=x.safetensors"], "recipe: 3"),
     ):
         assert main(["weights", "export", *arguments]) == 2
         assert words in capsys.readouterr().err
+    part = lab.weights("second") / "transformer"  # names the export as well
+    assert main(["weights", "export", f"weights={part}", f"out={tmp_path / 'x.safetensors'}"]) == 0
+    assert len(load_file(tmp_path / "x.safetensors")) == 8 + 4 * 5

@@ -74,7 +74,7 @@ def test_the_real_model_in_bytes(full: Sizes, projector: Sizes) -> None:
     )
     assert checkpoint_bytes(config("ema.decay=0.9"), full) == 16 * n + steps
     assert checkpoint_bytes(config(), full) == 12 * n + steps
-    assert export_bytes(config(), full) == 4 * n and export_bytes(config(), projector) == 4 * 3_612_928
+    assert export_bytes(full) == 4 * n and export_bytes(projector) == 4 * 3_612_928
 
 
 def test_accumulated_gradients_are_whole_on_every_rank(full: Sizes) -> None:

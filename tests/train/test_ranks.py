@@ -185,6 +185,6 @@ def test_sizes_on_disk_are_true(runs: dict[str, Ran], name: str) -> None:
     sizes = measure(ran.config)
     tensors = len(sizes.trained)
     margin = 2000 * tensors  # names, shapes and offsets
-    checkpoint, export = checkpoint_bytes(ran.config, sizes), export_bytes(ran.config, sizes)
+    checkpoint, export = checkpoint_bytes(ran.config, sizes), export_bytes(sizes)
     assert checkpoint <= ran.size("checkpoints/*/*.distcp") <= checkpoint + margin * 4 * RANKS
     assert export <= ran.size("weights/*/transformer/*.safetensors") <= export + margin
