@@ -131,11 +131,13 @@ def meet(folder: Path, config: JobConfig, place: Place) -> tuple[Meeting, list[s
 
 
 def close(folder: Path, attempt: int, log: Path, patience_seconds: float) -> int:
-    """Close the ledger of an attempt that has ended; returns its exit code."""
+    """Close the ledger of an attempt that has ended, and say how; returns its exit code."""
     verdict = attempts.end(folder, attempt, patience_seconds)
     if verdict["status"] == "failed":
         where = f" at rank {verdict['rank']}" if "rank" in verdict else ""
         print(f"attempt {attempt} failed{where}: {verdict['message']}\nlogs: {log.parent}", file=sys.stderr)
+    else:
+        print(attempts.describe(verdict))
     return attempts.exit_code(verdict)
 
 
@@ -167,6 +169,8 @@ def environment(config: JobConfig, place: Place, meeting: Meeting) -> dict[str, 
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")])),
         "PYTHONUNBUFFERED": "1",
+        # The warnings of torch's own C++: at the end of a run its agents may find each other gone, and print stacks.
+        "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
         "OMP_NUM_THREADS": str(config.cluster.threads or max(1, cores(place) * place.tasks // config.gpus_per_node)),
         "SYNTHOS_ATTEMPT": str(meeting.attempt),
     }

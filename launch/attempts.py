@@ -64,6 +64,13 @@ def end(folder: Path, number: int, patience_seconds: float = 0) -> dict[str, Any
     return verdict
 
 
+def describe(verdict: dict[str, Any]) -> str:
+    """How an attempt ended that did not fail, and what comes next."""
+    if verdict["status"] == "stopped":
+        return f"stopped ({verdict['cause']}) at {verdict['step']}, saved; the same command goes on from there"
+    return f"done at {verdict['step']}" + (f"; weights in {verdict['weights']}" if verdict.get("weights") else "")
+
+
 def exit_code(verdict: dict[str, Any]) -> int:
     """0 when done or stopped by `control/stop`, 130 or 143 after a signal, 1 on failure."""
     return 1 if verdict["status"] == "failed" else EXIT_CODES.get(verdict["cause"], 0)

@@ -28,6 +28,7 @@ def debug(config: JobConfig, folder: Path, lock: IO[str]) -> int:
         synthos.run.main(folder, attempt)
     finally:
         verdict = attempts.end(folder, attempt)
+    print(attempts.describe(verdict))
     return attempts.exit_code(verdict)
 
 
@@ -81,6 +82,7 @@ def sbatch(config: JobConfig, folder: Path, lock: IO[str]) -> int:
     """Nothing but the line to type: for sites where submitit is not wanted."""
     (folder / "slurm").mkdir(exist_ok=True)
     (folder / "slurm" / "job.sh").write_text(render.job_file(config))
+    print(f"stop it:   touch {folder / 'control' / 'stop'}\nfollow it: tail -F {render.output(folder, '<job>')}")
     print(f"prepared {folder}; start it with\n{render.sbatch_line(config, folder, os.environ)}")
     return 0
 

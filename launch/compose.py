@@ -262,7 +262,7 @@ def _anchor(config: RunConfig, folder: Path) -> RunConfig:
         config,
         data=_anchor_data(config.data, folder),
         model=_anchor_model(config.model, folder),
-        init_from=_anchor_id(config.init_from, folder) if config.init_from else None,
+        init_from=_anchor_id(config.init_from, folder) if config.init_from is not None else None,
         validate=dataclasses.replace(config.validate, requests=requests),
     )
 

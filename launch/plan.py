@@ -42,6 +42,7 @@ class Plan:
         factors = f"micro {batch.micro} x accumulation {config.accumulation} x ranks {config.ranks}"
         rows = {
             "recipe": f"{config.recipe['name']}, model {config.model.name}, data {config.data.name}",
+            **({"init_from": config.init_from} if config.init_from else {}),
             "run folder": str(self.folder or f"{self._folder()}, {UNKNOWN}"),
             "holds": describe_state(self.state),
             "cluster": describe_cluster(config),
@@ -83,7 +84,8 @@ def describe_cluster(config: JobConfig) -> str:
     """Where a job will run, and what it may cost."""
     cluster = config.cluster
     limit = limit_seconds(cluster.time) if cluster.time else None
-    hours = f", at most {config.ranks * limit / 3600:g} GPU hours until its limit" if limit else ""
+    unit = "rank" if cluster.device == "cpu" else "GPU"
+    hours = f", at most {config.ranks * limit / 3600:.3g} {unit} hours until its limit" if limit else ""
     return f"{cluster.name}, backend {cluster.backend}{hours}"
 
 

@@ -98,10 +98,10 @@ def sbatch(config: JobConfig, folder: Path) -> list[str]:
 
 
 def job_file(config: JobConfig) -> str:
-    """What `slurm/train.sbatch` reads in the run folder: the set-up lines, the interpreter and srun's flags."""
+    """What `slurm/train.sbatch` reads in the run folder: set-up lines, srun's flags, interpreter, cores of a task."""
     cluster = config.cluster
     lines = [f"cd {shlex.quote(str(CHECKOUT))}", *cluster.setup, f"SRUN=({shlex.join(srun(config))})"]
-    return "\n".join([*lines, f"PYTHON={shlex.quote(python(cluster))}", ""])
+    return "\n".join([*lines, f"PYTHON={shlex.quote(python(cluster))}", f"CPUS={cpus_per_task(config) or ''}", ""])
 
 
 def srun(config: JobConfig) -> list[str]:

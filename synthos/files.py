@@ -13,7 +13,7 @@ def read_json(path: Path) -> dict[str, Any]:
         os.listdir(path.parent)  # makes a network file system look again: it remembers that a file was absent
     try:
         value: dict[str, Any] = json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     return value
 

@@ -155,6 +155,14 @@ def test_best_and_last_checkpoints_are_kept(finished: Finished) -> None:
     assert best == 2 and steps == [2, 4]  # 2 by its loss, 4 as the last
 
 
+def test_what_is_exported_can_be_read_by_others(finished: Finished) -> None:
+    """As any file that this process writes."""
+    (finished.folder / "any").touch()
+    usual = (finished.folder / "any").stat().st_mode
+    files = [path for path in finished.weights.rglob("*") if path.is_file()]
+    assert len(files) >= 4 and {path.stat().st_mode for path in files} == {usual}
+
+
 def test_same_command_says_done(finished: Finished) -> None:
     done = cli("submit", *finished.arguments)
     assert done.returncode == 0 and "done" in done.stdout and str(finished.weights) in done.stdout
@@ -171,7 +179,7 @@ def test_same_command_says_done(finished: Finished) -> None:
         (("weights={w}", "out=x.png", "reference=absent.jpg"), ["absent.jpg"]),
         (("weights={w}", "out=x.png", "dtype=fp8"), ["fp8", "bf16", "fp32"]),
         (("weights={w}", "out=x.png", "prompt"), ["prompt", "key=value"]),
-        (("weights={w}/transformer", "out=x.png"), ["synthos.json"]),
+        (("weights={w}/../..", "out=x.png"), ["synthos.json"]),
     ],
 )
 def test_generate_explains_bad_input(

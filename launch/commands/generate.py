@@ -127,6 +127,7 @@ def make(generator: Any, requests: list[Any], files: list[Path], config: Generat
     made = [pictures[row] for row in range(len(files))]
     if config.grid and len(made) > 1:
         save(draw_grid(requests, made, config.grid), files[0].parent / GRID)
+        print(files[0].parent / GRID)
     for file, picture in zip(files, made, strict=True):
         print(f"{file}  {picture.width} x {picture.height}")
     return 0
@@ -154,7 +155,7 @@ def as_job(plan: GeneratePlan, command: list[str], following: bool) -> Callable[
     def run() -> int:
         code = start(plan.config, plan.folder, prepare, following)
         if read_state(plan.folder).done:
-            print(f"pictures: {plan.folder / 'samples'}")
+            print(f"pictures: {plan.folder / 'samples'}" + (f", {plan.folder / GRID}" if plan.config.grid else ""))
         return code
 
     return run

@@ -34,7 +34,8 @@ def main(arguments: list[str]) -> int:
 def export_original(folder: Path, out: Path) -> list[str]:
     """Write the tensors of the export `folder` that have an original name to `out`; returns these names."""
     from safetensors import safe_open
-    from safetensors.torch import save_file
+
+    from synthos.models.tensors import save_tensors
 
     export = find_export(folder, "weights")
     if export is None:
@@ -48,5 +49,5 @@ def export_original(folder: Path, out: Path) -> list[str]:
         with safe_open(stored[name], "pt") as file:
             tensors[original] = file.get_tensor(name)
     out.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, out, {"format": "pt"})
+    save_tensors(tensors, out, {"format": "pt"})
     return sorted(renamed)

@@ -99,7 +99,8 @@ def open_split(config: DataConfig, inputs: dict[str, Input]) -> tuple[Source, So
         training, held_out = training.split(config.holdout_fraction)
         if config.holdout_fraction and not len(held_out):
             raise ValueError(
-                f"data.holdout_fraction: {config.holdout_fraction} of {len(training)} samples holds none out"
+                f"data.holdout_fraction: {config.holdout_fraction} of {len(training)} samples holds none out; "
+                "expected more, as in 0.1, or data.validation"
             )
     if not len(training):
         raise ValueError(f"data.shards: {config.shards} leaves no sample to train on")

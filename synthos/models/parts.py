@@ -165,7 +165,8 @@ def absent(part: str, spec: PartConfig) -> str | None:
 
 def missing(config: ModelConfig) -> list[str]:
     """A line for every part of a model whose files are not on this machine."""
-    return [line for part, spec in config.parts.items() if (line := absent(part, spec))]
+    lines = [line for part, spec in config.parts.items() if (line := absent(part, spec))]
+    return [*(line.removesuffix(gate()) for line in lines[:-1]), *lines[-1:]]  # the last one says it for all
 
 
 def content(part: str, spec: PartConfig) -> str | None:

@@ -1,6 +1,7 @@
 """Where the tensors of a module come from: safetensors files in the hub's layout, or a seeded draw."""
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from synthos.keys import hash64, signed64
@@ -92,6 +94,13 @@ def absent_shards(path: Path) -> list[str]:
 def seeded(seed: int, name: str, make: Callable[[torch.Generator], Tensor]) -> Callable[[], Tensor]:
     """An initial value drawn from a generator keyed by the run's seed and the parameter's name: one for all ranks."""
     return lambda: make(torch.Generator().manual_seed(signed64(hash64("init", seed, name))))
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file with the permissions that any file gets; the library's own are for its owner alone."""
+    save_file(dict(tensors), path, metadata)
+    os.umask(mask := os.umask(0))
+    path.chmod(0o666 & ~mask)
 
 
 def read_json(path: Path) -> Any:

@@ -16,12 +16,12 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from synthos.batch import Batch, Feature, Features, Input
 from synthos.keys import Draws
 from synthos.models.parts import Models
+from synthos.models.tensors import save_tensors
 
 Images = Tensor  # [R, 3, H, W], float32 in [0, 1]
 GROUP_BY = ("height", "width", "steps", "sampler", "guided")  # settings that all requests of one batch share
@@ -135,7 +135,9 @@ def save_encoded(path: Path, encoded: Encoded, null: Features) -> None:
     tensors |= {f"negative.{k}": v for k, v in encoded.negatives.items()}
     tensors |= {f"null.{k}": v for k, v in null.items()}
     part = path.with_suffix(".part")
-    save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, part, {"settings": json.dumps(encoded.settings)})
+    save_tensors(
+        {k: v.cpu().contiguous() for k, v in tensors.items()}, part, {"settings": json.dumps(encoded.settings)}
+    )
     part.replace(path)
 
 

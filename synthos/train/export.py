@@ -6,12 +6,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from synthos.batch import Features
 from synthos.models.exported import ABOUT_FILE, DIFFUSERS_FILE, FORMAT, NULL_FILE, TRAINED_FILE, About
-from synthos.models.tensors import Tensors
+from synthos.models.tensors import Tensors, save_tensors
 from synthos.schema import RunConfig
 from synthos.strict import dump
 from synthos.train.distributed import World, whole
@@ -38,7 +37,7 @@ def exporter(
             (temporary / part).mkdir(parents=True)
             complete = len(tensors) == len(list(state.network.parameters()))
             _write_part(temporary / part, state.network, tensors, complete)
-            save_file({k: v.cpu().contiguous() for k, v in null.items()}, temporary / NULL_FILE)
+            save_tensors({k: v.cpu().contiguous() for k, v in null.items()}, temporary / NULL_FILE)
             about = _about(config, folder.parent.name, state, part, complete, content)
             (temporary / ABOUT_FILE).write_text(json.dumps(dump(about), indent=2))
             temporary.rename(final)
@@ -63,12 +62,12 @@ def _gather(state: TrainState, world: World, added: Tensors) -> dict[str, Tensor
 
 def _write_part(folder: Path, network: Any, tensors: dict[str, Tensor], complete: bool) -> None:
     if not complete:
-        save_file(tensors, folder / TRAINED_FILE)
+        save_tensors(tensors, folder / TRAINED_FILE)
         return
     settings = json.loads(network.to_json_string())
     settings["_class_name"] = type(network).__name__.removeprefix("FSDP")  # sharding renames the class
     (folder / "config.json").write_text(json.dumps(settings, indent=2))
-    save_file(tensors, folder / DIFFUSERS_FILE, {"format": "pt"})
+    save_tensors(tensors, folder / DIFFUSERS_FILE, {"format": "pt"})
 
 
 def _about(

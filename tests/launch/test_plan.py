@@ -57,3 +57,8 @@ def test_it_shows_what_the_folder_holds() -> None:
     assert lines(plan(state=stopped))["holds"] == "2 attempts, checkpoint of step 40, stopped"
     assert describe_state(done) == "1 attempts, checkpoint of step 100, done, weights step_00000100"
     assert describe_state(RunState(True, 1, None, {}, None)) == "1 attempts, no checkpoint, no verdict"
+
+
+def test_it_says_what_a_run_starts_from() -> None:
+    assert "init_from" not in lines(plan())
+    assert lines(plan("init_from=alibaba-pai/Wan2.1-Fun-1.3B-InP"))["init_from"] == "alibaba-pai/Wan2.1-Fun-1.3B-InP"
