@@ -8,9 +8,8 @@ from typing import Any
 
 from launch.check import FILE_NAME, FILE_NAME_WORDS, size_problems
 from synthos.data.decode import decode_image
-from synthos.diffusion.sampling import SAMPLERS
 from synthos.schema import RunConfig
-from synthos.strict import load, unknown
+from synthos.strict import load
 
 SPLIT_PREFIX = "split_"  # of the names that `validate.from_split` gives its requests
 
@@ -103,9 +102,7 @@ def _problems(request: Any, size_multiple: int, path: str) -> list[str]:
 
 def _sampling_problems(request: Any, path: str) -> Iterator[str]:
     """Of what a request may leave to its recipe: a Request need not have these fields."""
-    sampler, steps = getattr(request, "sampler", None), getattr(request, "steps", None)
-    if sampler is not None and sampler not in SAMPLERS:
-        yield f"{path}.sampler: {sampler!r} is unknown; {unknown(sampler, list(SAMPLERS))}"
+    steps = getattr(request, "steps", None)
     if steps is not None and steps < 1:
         yield f"{path}.steps: {steps} is not allowed; expected 1 or more"
 

@@ -62,7 +62,8 @@ def test_every_wrong_request_is_named_in_one_message(photo: Path) -> None:
         {"name": "b", "height": 40},
         {"name": "c", "reference": "absent.jpg"},
         {"name": "d", "reference": "ask.jsonl"},
-        {"name": "e", "sampler": "euler2", "steps": 0},
+        {"name": "e", "sampler": "euler2"},
+        {"name": "f", "steps": 0},
         {"name": "b"},
     )
     found = faults(override)
@@ -73,8 +74,8 @@ def test_every_wrong_request_is_named_in_one_message(photo: Path) -> None:
         "ask.jsonl:4.height: 40 is not a multiple of 16; nearest: 32 or 48",
         f"ask.jsonl:5.reference: {photo.parent / 'absent.jpg'} can't be read as a picture: ",
         f"ask.jsonl:6.reference: {photo.parent / 'ask.jsonl'} can't be read as a picture: ",
-        "ask.jsonl:7.sampler: 'euler2' is unknown; did you mean 'euler'? allowed: euler, unipc",
-        "ask.jsonl:7.steps: 0 is not allowed; expected 1 or more",
+        "ask.jsonl:7.sampler: 'euler2' is not allowed; expected one of euler, unipc",
+        "ask.jsonl:8.steps: 0 is not allowed; expected 1 or more",
         "validate.requests: the name 'b' is used more than once",
     ]
     assert len(found) == len(expected)
