@@ -67,10 +67,13 @@ def build_recipe(recipe: dict[str, Any], models: Models, encoders: bool = True) 
 def measure(config: RunConfig) -> Sizes:
     """The shapes of everything the recipe is made of, built on the meta device from configs; no weight is read.
 
-    Raises ValueError for a learning rate of a parameter group that the recipe does not have.
+    Raises ValueError for a learning rate of a parameter group that the recipe does not have, and for a request that it
+    can't work with.
     """
     models = Models(config.model, Path(config.cache_dir), meta_only=True)
     recipe = build_recipe(config.recipe, models)
+    for request in _listed(config):
+        recipe.setting(load(recipe.Request, request, "validate.requests"), (config.data.height, config.data.width))
     check_groups(config.optim, recipe.param_groups())
     if not initial.missing(config):
         initial.start_from(config, recipe.network, models)

@@ -104,7 +104,8 @@ class Recipe(Protocol):
     def setting(self, request: Any, size: tuple[int, int]) -> dict[str, Any]:
         """A request's settings, its pictures unread; one without a size gets `size` = (H, W) of training.
 
-        Raises ValueError for a value that the recipe can't work with.
+        Raises ValueError for a value that the recipe can't work with. It is asked before anything starts, of a recipe
+        on the meta device.
         """
         ...
 
