@@ -17,12 +17,11 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {  # of a velocity: name in a 
     # A second-order multistep method (arXiv 2302.04867).
     "unipc": ("UniPCMultistepScheduler", {"prediction_type": "flow_prediction", "use_flow_sigmas": True}),
 }
-STABLE_DIFFUSION = {  # how SD1.5's own scheduler is set
+STABLE_DIFFUSION = {  # SD1.5's own; it leaves the spacing of times to each sampler, as diffusers then does
     "num_train_timesteps": NUM_TIMES,
     "beta_start": BETAS[0],
     "beta_end": BETAS[1],
     "beta_schedule": "scaled_linear",
-    "timestep_spacing": "leading",
     "steps_offset": 1,
 }
 NOISE_SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {

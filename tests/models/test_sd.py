@@ -1,4 +1,4 @@
-"""Stable Diffusion's parts against diffusers: the autoencoder, old names in its files, and the UNet with a projector."""
+"""Stable Diffusion's parts against diffusers: the autoencoder, old names in its files, the UNet with a projector."""
 
 from collections.abc import Callable
 from pathlib import Path
