@@ -1,8 +1,10 @@
 """siglip_projector: what it trains, its loss read plainly in float64, sampling and exports against diffusers."""
 
 import dataclasses
+import io
 import json
 import shutil
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from launch.compose import compose
 from synthos.batch import Batch
 from synthos.build import fill_frozen, recipe_config
+from synthos.data.stream import Stream
 from synthos.keys import FixedDraws, KeyedDraws
 from synthos.models import sd_unet
 from synthos.models.clip import squash
@@ -421,3 +424,33 @@ def test_python_generates_without_a_prompt(finished: Finished) -> None:
     assert picture.size == (64, 64)
     with pytest.raises(ValueError, match="prompt: unknown key"):
         generator.generate("a barn")
+
+
+def test_image_only_jpegs_are_read_from_a_json_list_of_tars(cache: Path, tmp_path: Path) -> None:
+    """As the original took them: a JSON list of tars, members called .jpeg, no captions; indexed on first use."""
+    random = np.random.default_rng(0)
+    for number in range(2):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
+            for row in range(6):
+                buffer = io.BytesIO()
+                Image.fromarray(random.integers(0, 256, (80, 120, 3), dtype=np.uint8)).save(buffer, "JPEG")
+                member = tarfile.TarInfo(f"{row:03d}.{'jpg' if row == 5 else 'jpeg'}")
+                member.size = buffer.tell()
+                tar.addfile(member, io.BytesIO(buffer.getvalue()))
+    (tmp_path / "list.json").write_text(json.dumps(["0.tar", str(tmp_path / "1.tar")]))
+    recipe = build(cache, changed(image_view="whole"))
+    data = dataclasses.replace(
+        run_config().data, name="own", shards=str(tmp_path / "list.json"), validation=None, holdout_fraction=0.0
+    )
+    stream = Stream(data, recipe.inputs, batch_size=4, rank=0, world=1, seed=0)
+    assert len(stream) == 12
+    seen = stream.next()
+    crop, whole = seen.images("image"), seen.images("whole")
+    assert crop.shape == whole.shape == (4, 3, 64, 64) and not torch.equal(crop, whole)
+    loss = recipe.loss(encode_all(recipe, seen), recipe.null(), KeyedDraws(0, seen.ids, seen.epochs))
+    assert loss.per_sample.isfinite().all()
+    with tarfile.open(tmp_path / "2.tar", "w") as tar:
+        tar.addfile(tarfile.TarInfo("000.txt"))
+    with pytest.raises(ValueError, match="2.tar: sample '000' is without an image: .* jpg or jpeg or png"):
+        Stream(dataclasses.replace(data, shards=str(tmp_path / "2.tar")), recipe.inputs, batch_size=4, rank=0, world=1,
+               seed=0)  # fmt: skip
