@@ -47,7 +47,7 @@ def sig8(config: RunConfig, fingerprint: str) -> str:
     plain["model"]["parts"] = {name: _part(part) for name, part in config.model.parts.items()}
     plain["init_from"] = _weights(config.init_from)
     requests = plain["validate"]["requests"] or []
-    plain["validate"]["requests"] = [{k: _picture(v) for k, v in request.items()} for request in requests]
+    plain["validate"]["requests"] = [{k: _by_content(v) for k, v in request.items()} for request in requests]
     return _hash8(plain)
 
 
@@ -57,7 +57,7 @@ def sig8_of_generation(config: GenerateConfig) -> str:
     for key in GENERATION_LEFT_OUT:
         _remove(plain, key)
     plain["weights"] = _trained(Path(config.weights))
-    plain["requests"] = [{k: _picture(v) for k, v in request.items()} for request in plain["requests"]]
+    plain["requests"] = [{k: _by_content(v) for k, v in request.items()} for request in plain["requests"]]
     return _hash8(plain)
 
 
@@ -81,8 +81,8 @@ def _weights(init_from: str | None) -> Any:
     return {"content": digest(path)} if path else init_from
 
 
-def _picture(value: Any) -> Any:
-    """A request's picture file by its content, anything else as it is."""
+def _by_content(value: Any) -> Any:
+    """A file of a request by its content, anything else as it is."""
     if isinstance(value, str) and Path(value).is_absolute() and Path(value).is_file():
         return hashlib.sha256(Path(value).read_bytes()).hexdigest()
     return value

@@ -8,9 +8,10 @@ from typing import Any
 
 from launch.check import FILE_NAME, FILE_NAME_WORDS, size_problems
 from synthos.data.decode import decode_image
-from synthos.diffusion.sampling import SAMPLERS
+from synthos.data.embedding import read_embedding
+from synthos.recipes.base import file_fields
 from synthos.schema import RunConfig
-from synthos.strict import load, unknown
+from synthos.strict import load
 
 SPLIT_PREFIX = "split_"  # of the names that `validate.from_split` gives its requests
 
@@ -27,7 +28,7 @@ def read_requests(
     from_split: int = 0,
     filling: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """Requests as complete mappings of the recipe's Request, pictures by absolute path.
+    """Requests as complete mappings of the recipe's Request, files by absolute path.
 
     Paths in a JSONL file are taken from its folder, others from the current one. Raises ValueError, in one message,
     naming each wrong line with what is wrong.
@@ -45,7 +46,7 @@ def read_requests(
     for path, row in rows:
         try:
             given = {**(filling or {}), **row} if isinstance(row, Mapping) else row
-            request = _absolute_pictures(load(recipe.Request, given, path), folder)
+            request = _absolute_files(load(recipe.Request, given, path), folder)
         except ValueError as error:
             problems.append(str(error))
             continue
@@ -60,13 +61,8 @@ def read_requests(
     return [dataclasses.asdict(request) for request in requests]
 
 
-def picture_fields(request: dict[str, Any]) -> dict[str, Path]:
-    """The fields that name picture files: every one called `reference...` that holds text."""
-    return {k: Path(value) for k, value in request.items() if k.startswith("reference") and isinstance(value, str)}
-
-
 def _rows(requests: str | list[dict[str, Any]] | None, key: str) -> tuple[list[tuple[str, Any]], Path]:
-    """Each request with the name it has in messages, and the folder that relative pictures are in."""
+    """Each request with the name it has in messages, and the folder that relative files are in."""
     if not isinstance(requests, str):
         return [(f"{key}[{i}]", row) for i, row in enumerate(requests or [])], Path.cwd()
     file = Path(requests)
@@ -83,9 +79,9 @@ def _parse(line: str, file: Path, number: int, key: str) -> Any:
         raise ValueError(f"{key}: {file}, line {number} is no JSON: {error}") from None
 
 
-def _absolute_pictures(request: Any, folder: Path) -> Any:
-    pictures = picture_fields(dataclasses.asdict(request))
-    return dataclasses.replace(request, **{key: str(folder / path.expanduser()) for key, path in pictures.items()})
+def _absolute_files(request: Any, folder: Path) -> Any:
+    files = file_fields(dataclasses.asdict(request))
+    return dataclasses.replace(request, **{key: str(folder / Path(file).expanduser()) for key, file in files.items()})
 
 
 def _problems(request: Any, size_multiple: int, path: str) -> list[str]:
@@ -93,19 +89,25 @@ def _problems(request: Any, size_multiple: int, path: str) -> list[str]:
     if not FILE_NAME.fullmatch(request.name):
         problems.append(f"{path}.name: {request.name!r} is not allowed; expected {FILE_NAME_WORDS}")
     problems += _sampling_problems(request, path)
-    for key, picture in picture_fields(dataclasses.asdict(request)).items():
-        try:
-            decode_image(picture.read_bytes(), 16, 16, "whole")  # as the recipe will, but small
-        except (OSError, ValueError, SyntaxError) as error:
-            problems.append(f"{path}.{key}: {picture} can't be read as a picture: {error}")
+    problems += _file_problems(request, path)
     return problems
+
+
+def _file_problems(request: Any, path: str) -> Iterator[str]:
+    for key, file in file_fields(dataclasses.asdict(request)).items():
+        kind = "a picture" if key.startswith("reference") else "an embedding"
+        try:
+            if key.startswith("reference"):
+                decode_image(Path(file).read_bytes(), 16, 16, "whole")  # as the recipe will, but small
+            else:
+                read_embedding(Path(file))
+        except (OSError, ValueError, SyntaxError) as error:
+            yield f"{path}.{key}: {file} can't be read as {kind}: {error}"
 
 
 def _sampling_problems(request: Any, path: str) -> Iterator[str]:
     """Of what a request may leave to its recipe: a Request need not have these fields."""
-    sampler, steps = getattr(request, "sampler", None), getattr(request, "steps", None)
-    if sampler is not None and sampler not in SAMPLERS:
-        yield f"{path}.sampler: {sampler!r} is unknown; {unknown(sampler, list(SAMPLERS))}"
+    steps = getattr(request, "steps", None)
     if steps is not None and steps < 1:
         yield f"{path}.steps: {steps} is not allowed; expected 1 or more"
 

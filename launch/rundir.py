@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from launch.requests import picture_fields
+from synthos.recipes.base import file_fields
 from synthos.run import read_verdict
 from synthos.schema import GenerateConfig, JobConfig, RunConfig
 from synthos.strict import write_config
@@ -107,7 +107,7 @@ def _unlockable(path: Path | str, error: OSError) -> ValueError:
 
 
 def open_folder(folder: Path, config: JobConfig, command: Sequence[str], checkout: Path) -> None:
-    """Write what the ranks will read: provenance and pictures once, then the config.
+    """Write what the ranks will read: provenance and files of requests once, then the config.
 
     The config is written again when the run continues, since what is no part of its identity (machines, micro-batch,
     W&B) may have changed.
@@ -119,7 +119,7 @@ def open_folder(folder: Path, config: JobConfig, command: Sequence[str], checkou
         part.mkdir()
         write_provenance(part, command, checkout)
         part.rename(provenance)
-    frozen = _with_own_pictures(config, folder)
+    frozen = _with_own_files(config, folder)
     temporary = folder / ".config.yaml.part"
     write_config(frozen, temporary)
     temporary.replace(folder / "config.yaml")
@@ -154,22 +154,22 @@ def _git(checkout: Path, *arguments: str) -> bytes | None:
     return done.stdout if done.returncode == 0 else None
 
 
-def _with_own_pictures(config: JobConfig, folder: Path) -> JobConfig:
-    """The config with its requests' pictures copied, and named relative to the run folder."""
+def _with_own_files(config: JobConfig, folder: Path) -> JobConfig:
+    """The config with its requests' files copied, and named relative to the run folder."""
     if isinstance(config, GenerateConfig):
-        return dataclasses.replace(config, requests=_copy_pictures(config.requests, folder))
+        return dataclasses.replace(config, requests=_copy_files(config.requests, folder))
     assert isinstance(config, RunConfig)
-    validate = dataclasses.replace(config.validate, requests=_copy_pictures(config.validate.requests, folder))
+    validate = dataclasses.replace(config.validate, requests=_copy_files(config.validate.requests, folder))
     return dataclasses.replace(config, validate=validate)
 
 
-def _copy_pictures(asked: Any, folder: Path) -> list[dict[str, Any]]:
+def _copy_files(asked: Any, folder: Path) -> list[dict[str, Any]]:
     requests = [dict(request) for request in asked or []]
     for request in requests:
-        for key, picture in picture_fields(request).items():
-            copy = Path("requests") / f"{request['name']}.{key}{picture.suffix}"
+        for key, file in file_fields(request).items():
+            copy = Path("requests") / f"{request['name']}.{key}{Path(file).suffix}"
             (folder / "requests").mkdir(exist_ok=True)
-            shutil.copyfile(picture, folder / copy)
+            shutil.copyfile(file, folder / copy)
             request[key] = str(copy)
     return requests
 

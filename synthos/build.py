@@ -14,7 +14,7 @@ from synthos.batch import Features
 from synthos.data.stream import HeldOut, Stream
 from synthos.models import initial
 from synthos.models.parts import Models, contents
-from synthos.recipes.base import Encoded, Recipe, load_encoded, save_encoded
+from synthos.recipes.base import Encoded, Recipe, file_fields, load_encoded, save_encoded
 from synthos.schema import RunConfig
 from synthos.strict import load, unknown
 from synthos.train.checkpoint import Checkpoints
@@ -190,8 +190,8 @@ def prepare_requests(
         if world.is_main or fsdp_modules(recipe.encoders):
             encoded, null = _encode(config, recipe, requests)
             for setting in encoded.settings:
-                if setting.get("reference"):  # so that the folder may move
-                    setting["reference"] = str(Path(setting["reference"]).relative_to(folder))
+                for key, file in file_fields(setting).items():  # so that the folder may move
+                    setting[key] = str(Path(file).relative_to(folder))
             if world.is_main:
                 save_encoded(path, encoded, null)
         world.barrier()
@@ -212,8 +212,8 @@ def _listed(config: RunConfig) -> list[dict[str, Any]]:
 
 
 def located(request: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Pictures were copied into the run folder at submission and are named relative to it."""
-    return {k: str(folder / v) if k.startswith("reference") and isinstance(v, str) else v for k, v in request.items()}
+    """A request's files were copied into the run folder at submission and are named relative to it."""
+    return request | {key: str(folder / file) for key, file in file_fields(request).items()}
 
 
 def _from_split(config: RunConfig, folder: Path, recipe: Recipe, held_out: HeldOut, save: bool) -> list[Any]:

@@ -57,7 +57,7 @@ class Generator:
         Raises:
             ValueError: an unknown option, or a value of the wrong type or outside what the recipe allows.
         """
-        given = {"name": "picture", "prompt": prompt, **options}
+        given = {"name": "picture", **({"prompt": prompt} if prompt else {}), **options}  # a recipe may read none
         if reference is not None:
             given["reference"] = str(reference)
         return self.generate_all([given])[0]

@@ -64,6 +64,46 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return self.basis.unsqueeze(2)  # [16, 3, 1, 8, 8]
 
 
+class PatchAutoencoderKL(PatchAutoencoder):
+    """The same transform behind the interface of `AutoencoderKL`: pictures instead of films, its latents normalised.
+
+    Args:
+        latent_channels: of the latents.
+        scaling_factor: what latents are multiplied by before they are used; they have unit scale already.
+        block_out_channels: as many as an autoencoder would have that makes latents of 8 x 8 pixels.
+    """
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(
+        self,
+        latent_channels: int = len(COEFFICIENTS),
+        scaling_factor: float = 1.0,
+        block_out_channels: tuple[int, ...] = (1, 1, 1, 1),
+    ) -> None:
+        ModelMixin.__init__(self)
+        self.basis = nn.Parameter(patch_basis())
+
+    def encode(self, x: Tensor) -> AutoencoderKLOutput:
+        """Pictures [B, 3, H, W] in [-1, 1] to a distribution without spread over latents [B, 16, h, w]."""
+        raw = nn.functional.conv2d(x, self.basis, stride=PATCH)
+        mean, std = (statistic.to(raw) for statistic in _whitening())
+        log_variance = torch.full_like(raw, -30.0)
+        moments = torch.cat([(raw - mean) / std, log_variance], dim=1)
+        return AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(moments))
+
+    def decode(self, z: Tensor, return_dict: bool = True, generator: None = None) -> DecoderOutput | tuple[Tensor]:
+        """Latents [B, 16, h, w] to pictures [B, 3, H, W]."""
+        mean, std = (statistic.to(z) for statistic in _whitening())
+        sample = nn.functional.conv_transpose2d(z * std + mean, self.basis, stride=PATCH)
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+
+def _whitening() -> tuple[Tensor, Tensor]:
+    """Mean and divisor of each coefficient, [16, 1, 1]."""
+    mean = torch.tensor([MEANS.get(c[:3], 0.0) for c in COEFFICIENTS])
+    return mean.view(-1, 1, 1), torch.tensor([math.sqrt(c[3]) for c in COEFFICIENTS]).view(-1, 1, 1)
+
+
 def patch_basis() -> Tensor:
     """The kept patches, orthonormal as vectors, [16, 3, 8, 8]."""
     colours = nn.functional.normalize(torch.tensor(COLOURS, dtype=torch.float64))

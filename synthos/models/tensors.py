@@ -17,6 +17,8 @@ from synthos.keys import hash64, signed64
 
 Tensors = dict[str, Callable[[], Tensor]]  # parameter name -> its whole value, read or made when called
 Shape = tuple[int, ...]
+# What attention's layers are called now -> in old files of diffusers, as its loader knows them (SD1.5's autoencoder).
+OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 INDEX = ".index.json"  # ends the name of the list of a model's shards
 
@@ -141,7 +143,14 @@ def _stored_keys(module: nn.Module, where: Mapping[str, Path]) -> dict[str, str]
     for name, parameter in module.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     rename = _prefix_rename(next(iter(names.values()))[0], where)
-    return {n[0]: next((key for key in map(rename, n) if key in where), rename(n[0])) for n in names.values()}
+    found = {n[0]: next((key for key in map(rename, n) if key in where), rename(n[0])) for n in names.values()}
+    return {name: key if key in where else _old_name(key, where) for name, key in found.items()}
+
+
+def _old_name(key: str, where: Mapping[str, Path]) -> str:
+    """What an old file calls the tensor `key`, where it has it; else `key`."""
+    olds = (key.replace(f".{new}.", f".{old}.") for new, old in OLD_NAMES.items())
+    return next((old for old in olds if old in where), key)
 
 
 def _prefix_rename(first: str, where: Mapping[str, Path]) -> Callable[[str], str]:

@@ -24,6 +24,7 @@ from synthos.models.parts import Models
 from synthos.models.tensors import save_tensors
 
 Images = Tensor  # [R, 3, H, W], float32 in [0, 1]
+FILES = ("reference", "embedding")  # fields of a Request so called, whatever follows, name files: pictures, arrays
 GROUP_BY = ("height", "width", "steps", "sampler", "guided")  # settings that all requests of one batch share
 
 
@@ -75,7 +76,7 @@ class Recipe(Protocol):
     """One learning task. The file names its class in `RECIPE`; `build` finds it by the file's name."""
 
     Config: ClassVar[type]  # dataclass: every hyperparameter, its unit in a trailing comment
-    Request: ClassVar[type]  # dataclass: what one picture is asked with; `reference` fields are picture paths
+    Request: ClassVar[type]  # dataclass: what one picture is asked with; see `FILES` for fields that name files
     inputs: ClassVar[dict[str, Input]]
     features: ClassVar[dict[str, Feature]]
     size_multiple: ClassVar[int]  # what height and width of a picture must divide by
@@ -104,7 +105,8 @@ class Recipe(Protocol):
     def setting(self, request: Any, size: tuple[int, int]) -> dict[str, Any]:
         """A request's settings, its pictures unread; one without a size gets `size` = (H, W) of training.
 
-        Raises ValueError for a value that the recipe can't work with.
+        Raises ValueError for a value that the recipe can't work with. It is asked before anything starts, of a recipe
+        on the meta device.
         """
         ...
 
@@ -119,6 +121,11 @@ class Recipe(Protocol):
     def loss(self, features: Features, null: Features, draws: Draws) -> Loss: ...
 
     def sample(self, requests: Encoded, null: Features, draws: Draws) -> Images: ...
+
+
+def file_fields(request: dict[str, Any]) -> dict[str, str]:
+    """The fields of a request, or of its settings, that name files, with the paths they hold."""
+    return {key: value for key, value in request.items() if key.startswith(FILES) and isinstance(value, str)}
 
 
 def group_rows(settings: list[dict[str, Any]]) -> list[list[int]]:

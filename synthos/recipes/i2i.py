@@ -82,7 +82,7 @@ class I2IRequest:
     height: int | None = None  # pixels
     width: int | None = None  # pixels
     steps: int = 20
-    sampler: str = "euler"
+    sampler: Literal["euler", "unipc"] = "euler"
     guidance_text: float | None = None
     guidance_image: float | None = None
     seed: int = 0

@@ -11,6 +11,7 @@ from launch.compose import CHECKOUT, CONFIGS, choices, compose
 from synthos.build import recipe_class
 
 BASE = ("recipe=i2i", "model=tiny")
+RECIPES = ", ".join(choices()["recipe"])
 
 
 def message(*arguments: str, config_dir: Path = CONFIGS) -> str:
@@ -122,17 +123,20 @@ def test_an_unknown_choice_lists_the_known_ones(group: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ((), "recipe: missing; choose one with recipe=<name>, known: i2i"),
-        (("model=tiny",), "recipe: missing; choose one with recipe=<name>, known: i2i"),
+        ((), f"recipe: missing; choose one with recipe=<name>, known: {RECIPES}"),
+        (("model=tiny",), f"recipe: missing; choose one with recipe=<name>, known: {RECIPES}"),
         ((*BASE, "--dry-run"), "'--dry-run' is no override; write key=value, as in optim.lr=1e-4"),
         ((*BASE, "batch"), "'batch' is no override; write key=value, as in optim.lr=1e-4"),
         ((*BASE, "optim.lr=1,2"), "optim.lr=1,2: one value is expected; a list is written optim.lr=[a,b]"),
         ((*BASE, "hydra.run.dir=x"), "hydra.run.dir=x: Hydra's own settings have no effect here"),
         ((*BASE, "recipe.name.x=1"), "recipe.name.x: unknown key; recipe.name is a value, not a group of keys"),
-        ((*BASE, "model=null"), "model: missing; choose one with model=<name>, known: tiny"),
+        (
+            (*BASE, "model=null"),
+            f"model: missing; choose one with model=<name>, known: {', '.join(choices()['model'])}",
+        ),
         ((*BASE, "optim=null"), "optim: None is unknown; allowed: adamw"),
-        (("recipe=null",), "recipe: None is unknown; allowed: i2i"),
-        (("experiment=null",), "recipe: missing; choose one with recipe=<name>, known: i2i"),
+        (("recipe=null",), f"recipe: None is unknown; allowed: {RECIPES}"),
+        (("experiment=null",), f"recipe: missing; choose one with recipe=<name>, known: {RECIPES}"),
         ((*BASE, "dry_run=???"), "dry_run: None is not allowed; expected true, false or full"),
         ((*BASE, "batch.size=???"), "batch.size: missing; expected a whole number"),
         ((*BASE, "data.shards=???"), "data.shards: missing; expected text or list of text or null"),

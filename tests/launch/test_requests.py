@@ -5,12 +5,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from launch.compose import compose
-from launch.requests import load_requests, picture_fields
+from launch.requests import load_requests
 from synthos.build import recipe_class
+from synthos.recipes.base import file_fields
 
 
 @pytest.fixture
@@ -50,7 +52,7 @@ def test_a_file_takes_its_pictures_from_its_own_folder(photo: Path, monkeypatch:
     override = write(photo.parent / "ask.jsonl", *rows)
     monkeypatch.chdir("/")
     assert [request["reference"] for request in load(override)] == [str(photo), str(photo)]
-    assert picture_fields(load(override)[0]) == {"reference": photo}
+    assert file_fields(load(override)[0]) == {"reference": str(photo)}
 
 
 def test_every_wrong_request_is_named_in_one_message(photo: Path) -> None:
@@ -62,7 +64,8 @@ def test_every_wrong_request_is_named_in_one_message(photo: Path) -> None:
         {"name": "b", "height": 40},
         {"name": "c", "reference": "absent.jpg"},
         {"name": "d", "reference": "ask.jsonl"},
-        {"name": "e", "sampler": "euler2", "steps": 0},
+        {"name": "e", "sampler": "euler2"},
+        {"name": "f", "steps": 0},
         {"name": "b"},
     )
     found = faults(override)
@@ -73,8 +76,8 @@ def test_every_wrong_request_is_named_in_one_message(photo: Path) -> None:
         "ask.jsonl:4.height: 40 is not a multiple of 16; nearest: 32 or 48",
         f"ask.jsonl:5.reference: {photo.parent / 'absent.jpg'} can't be read as a picture: ",
         f"ask.jsonl:6.reference: {photo.parent / 'ask.jsonl'} can't be read as a picture: ",
-        "ask.jsonl:7.sampler: 'euler2' is unknown; did you mean 'euler'? allowed: euler, unipc",
-        "ask.jsonl:7.steps: 0 is not allowed; expected 1 or more",
+        "ask.jsonl:7.sampler: 'euler2' is not allowed; expected one of euler, unipc",
+        "ask.jsonl:8.steps: 0 is not allowed; expected 1 or more",
         "validate.requests: the name 'b' is used more than once",
     ]
     assert len(found) == len(expected)
@@ -123,6 +126,7 @@ class BareRequest:
     reference: str | None = None
     reference_depth: str | None = None
     reference_scale: float = 1.0
+    embedding: str | None = None
 
 
 class BareRecipe:
@@ -134,7 +138,17 @@ def test_a_request_needs_no_field_but_its_name(photo: Path) -> None:
     config = compose(["recipe=i2i", "model=tiny", f"validate.requests=[{row}]"]).config
     (request,) = load_requests(config, BareRecipe)
     assert request["reference_scale"] == 1.0
-    assert picture_fields(request) == {"reference": photo, "reference_depth": photo}
+    assert file_fields(request) == {"reference": str(photo), "reference_depth": str(photo)}
+
+
+def test_an_embedding_is_an_array_of_floats(tmp_path: Path, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.save(tmp_path / "tokens.npy", np.ones((4, 8), np.float32))
+    monkeypatch.chdir(tmp_path)
+    config = compose(["recipe=i2i", "model=tiny", "validate.requests=[{name: a, embedding: tokens.npy}]"]).config
+    assert file_fields(load_requests(config, BareRecipe)[0]) == {"embedding": str(tmp_path / "tokens.npy")}
+    config = compose(["recipe=i2i", "model=tiny", "validate.requests=[{name: a, embedding: photo.jpg}]"]).config
+    with pytest.raises(ValueError, match="embedding: .*photo.jpg can't be read as an embedding: is no .npy or"):
+        load_requests(config, BareRecipe)
 
 
 def test_a_prompt_of_question_marks_is_a_prompt(tmp_path: Path) -> None:

@@ -1,0 +1,45 @@
+"""Arrays that another model has left in a file: .npy, or .safetensors of one tensor."""
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+SUFFIXES = (".npy", ".safetensors")
+
+
+def read_embedding(path: Path) -> NDArray[np.float32]:
+    """The one array of a file, float32. Raises ValueError for another kind of file, and for what is no array of floats.
+
+    Nothing of a file is run: no pickled objects.
+    """
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"is no {' or '.join(SUFFIXES)} file")
+    array = _read_npy(path) if path.suffix == ".npy" else _read_safetensors(path)
+    return array.astype(np.float32)
+
+
+def _read_npy(path: Path) -> NDArray[np.floating]:
+    try:
+        array = np.load(path, allow_pickle=False)
+    except EOFError:
+        raise ValueError("is empty") from None
+    if not np.issubdtype(array.dtype, np.floating):
+        raise ValueError(f"holds {array.dtype}; expected floating-point numbers")
+    return array  # type: ignore[no-any-return]
+
+
+def _read_safetensors(path: Path) -> NDArray[np.floating]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:  # by torch: NumPy has no bfloat16
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # safe_open is no mapping
+    except SafetensorError as error:
+        raise ValueError(f"is no whole safetensors file: {error}") from None
+    if len(tensors) != 1:
+        raise ValueError(f"holds {len(tensors)} tensors; expected one")
+    (tensor,) = tensors.values()
+    if not tensor.is_floating_point():
+        raise ValueError(f"holds {tensor.dtype}; expected floating-point numbers")
+    return tensor.float().numpy()  # type: ignore[no-any-return]
