@@ -80,6 +80,8 @@ def here(
         raise ValueError("\n".join(absent))
     requests = [recipe.Request(**row) for row in config.requests]
     opened, models = open_recipe(source, Path(config.cache_dir))
+    for request in requests:
+        opened.setting(request, source.size)  # what only the recipe with its values can tell
     generator = fill(source, opened, models, where, choose_dtype(config.dtype, where))
     return lambda: make(generator, requests, files, config)
 
@@ -140,12 +142,15 @@ def make_plan(config: GenerateConfig, source: Source) -> GeneratePlan:
 
 
 def as_job(plan: GeneratePlan, command: list[str], following: bool) -> Callable[[], int]:
-    """Check that the weights fit the recipe; returns the opening of the run folder and the start."""
+    """Check that weights and requests fit the recipe; returns the opening of the run folder and the start."""
     from synthos.generate import open_recipe
 
     if plan.missing:
         raise ValueError("\n".join(plan.missing))
-    open_recipe(plan.source, Path(plan.config.cache_dir))
+    recipe, _ = open_recipe(plan.source, Path(plan.config.cache_dir))
+    for row in plan.config.requests or []:
+        assert isinstance(row, dict)
+        recipe.setting(recipe.Request(**row), plan.source.size)  # what only the recipe with its values can tell
 
     def prepare() -> None:
         print(plan.render())
