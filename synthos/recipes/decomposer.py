@@ -43,7 +43,7 @@ MODE_SCALE = 1.75  # at most; the density has an inverse from -1 to 2 / (pi - 2)
 class DecomposerConfig:
     num_components: int  # N
     num_tokens: int  # of each component
-    width: int | None  # of the resampler; null: T5's, and no other is possible
+    width: int | Literal["t5"]  # of the resampler; t5: that of T5's states, and no other is possible
     num_heads: int  # of the resampler's attention
     num_layers: int  # of the resampler
     text_length: int  # T5 tokens; every prompt is cut or padded to exactly this many
@@ -112,7 +112,7 @@ class DecomposerRecipe:
     def __init__(self, config: DecomposerConfig, models: Models, encoders: bool = True) -> None:
         self.config = config
         self.compute_dtype = torch.float32
-        width = config.width or sd3_text.t5_width(models)
+        width = sd3_text.t5_width(models) if config.width == "t5" else config.width
         sizes = config.num_components, config.num_tokens, width, config.num_heads, config.num_layers
         self.network = sd3.build_network(models, *sizes)
         self.frozen = nn.ModuleDict({"vae": autoencoder_kl.build_autoencoder(models)})
