@@ -16,6 +16,7 @@ HERE = {  # keys that mean something in this process only, with what a job has i
     "out": "the pictures go to samples/ of the run folder",
     "device": "expected cluster.device",
 }
+TRUTH = {"true": True, "false": False}
 JOB = ("name", "group", "nodes", "gpus_per_node", "runs_dir", "dry_run", "follow")  # and these with cluster= only
 
 
@@ -78,12 +79,16 @@ def ask(config: GenerateConfig, recipe: Any, given: Mapping[str, str], name: str
 
 
 def parse_fields(cls: Any, given: Mapping[str, str]) -> dict[str, Any]:
-    """Fields of a Request from texts: numbers where it wants numbers, all else verbatim."""
+    """Fields of a Request from texts: numbers where it wants numbers, true and false where it wants those, all else
+    verbatim."""
     hints = get_type_hints(cls)
     values: dict[str, Any] = {}
     for key, text in given.items():
         kinds = {hints[key], *get_args(hints[key])}
         number = next((kind for kind in (int, float) if kind in kinds), None)
+        if bool in kinds and text in TRUTH:
+            values[key] = TRUTH[text]
+            continue
         try:
             values[key] = number(text) if number else text
         except ValueError:

@@ -78,6 +78,12 @@ class Models:
         added.waiting = {name: advice for name, advice in added.waiting.items() if name not in init}
         self._tensors.setdefault(id(module), {}).update(init)
 
+    def compose(self, part: str, module: nn.Module) -> None:
+        """Let a module of built children be a part itself, with their tensors under their names in it."""
+        self._parts[id(module)] = part
+        children = [(name, self._tensors.get(id(child), {})) for name, child in module.named_children()]
+        self._tensors[id(module)] = {f"{name}.{key}": value for name, own in children for key, value in own.items()}
+
     def added(self, module: nn.Module) -> Added:
         """What a built module has that its part's files do not give; for reading and writing."""
         return self._added.setdefault(id(module), Added())

@@ -25,7 +25,9 @@ from synthos.models.tensors import save_tensors
 
 Images = Tensor  # [R, 3, H, W], float32 in [0, 1]
 FILES = ("reference", "embedding")  # fields of a Request so called, whatever follows, name files: pictures, arrays
-GROUP_BY = ("height", "width", "steps", "sampler", "guided")  # settings that all requests of one batch share
+# Settings that all requests of one batch share. A recipe that makes several pictures of a request, side by side, says
+# how many in `pictures`; others need not have it.
+GROUP_BY = ("height", "width", "steps", "sampler", "guided", "pictures")
 
 
 @dataclass
@@ -132,7 +134,7 @@ def group_rows(settings: list[dict[str, Any]]) -> list[list[int]]:
     """Rows of requests that can share one batch: equal in `GROUP_BY`, in first-seen order."""
     groups: dict[tuple[Any, ...], list[int]] = {}
     for row, setting in enumerate(settings):
-        groups.setdefault(tuple(setting[key] for key in GROUP_BY), []).append(row)
+        groups.setdefault(tuple(setting.get(key) for key in GROUP_BY), []).append(row)
     return list(groups.values())
 
 

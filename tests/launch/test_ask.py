@@ -128,3 +128,12 @@ def test_a_job_has_its_pictures_in_its_folder(photo: Path, checkout: Path) -> No
     assert isinstance(frozen, GenerateConfig) and isinstance(frozen.requests, list)
     assert frozen.requests[0]["reference"] == "requests/a.reference.jpg" and "reference" not in frozen.requests[1]
     assert (folder / "requests" / "a.reference.jpg").read_bytes() == photo.read_bytes()
+
+
+def test_true_and_false_are_read_where_a_field_wants_them() -> None:
+    request = recipe_class("decomposer").Request
+    assert parse_fields(request, {"save_components": "true"}) == {"save_components": True}
+    assert parse_fields(request, {"save_components": "false", "prompt": "true"}) == {
+        "save_components": False, "prompt": "true"}  # fmt: skip
+    with pytest.raises(ValueError, match="save_components: 'yes' is not allowed; expected true or false"):
+        ask(compose_generate("weights/step_1", [])[0], recipe_class("decomposer"), {"save_components": "yes"}, None)

@@ -24,7 +24,8 @@ def plan(name: str) -> Models:
 
 @pytest.mark.parametrize(("name", "part"), SIZED)
 def test_the_number_of_parameters_is_as_stated(name: str, part: str) -> None:
-    module = plan(name).build(part, Tiny("", {}))
+    with torch.device("meta"):  # tables of positions too, which for SD3.5 would take gigabytes
+        module = plan(name).build(part, Tiny("", {}))
     assert sum(p.numel() for p in module.parameters()) == CONFIGS[name].parts[part].parameters
     assert {p.device for p in module.parameters()} == {torch.device("meta")}
     assert not module.training
