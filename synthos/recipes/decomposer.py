@@ -89,7 +89,7 @@ class DecomposerRequest:
     height: int | None = None  # pixels
     width: int | None = None  # pixels
     steps: int = 20
-    sampler: str = "euler"
+    sampler: Literal["euler", "unipc"] = "euler"
     guidance: float | None = None
     seed: int = 0
     component: int | None = None  # 0 to N - 1: this component alone; null: all of them, composed
