@@ -267,8 +267,10 @@ def test_several_references_make_a_picture_each(
         Image.open(trained.home / "mine.jpg").rotate(90 * references.index(file)).save(file)
     given = [f"weights={trained.weights}", STEPS, "prompt=a, b", f"out={tmp_path / 'out'}"]
     assert main(["generate", *given, f"reference={references[0]},{references[1]}"]) == 0
-    assert capsys.readouterr().out.splitlines() == [f"{tmp_path / 'out' / n}.png  64 x 64" for n in ("one", "two_b")]
-    assert (tmp_path / "out" / "grid.png").is_file()
+    *pictures, grid = capsys.readouterr().out.splitlines()
+    assert pictures == [f"{tmp_path / 'out' / n}.png  64 x 64" for n in ("one", "two_b")]
+    with Image.open(tmp_path / "out" / "grid.png") as drawn:
+        assert grid == f"{tmp_path / 'out' / 'grid.png'}  {drawn.width} x {drawn.height}"
     single = [
         f"weights={trained.weights}",
         STEPS,

@@ -128,8 +128,9 @@ def make(generator: Any, requests: list[Any], files: list[Path], config: Generat
         countdown.close()
     made = [pictures[row] for row in range(len(files))]
     if config.grid and len(made) > 1:
-        save(draw_grid(requests, made, config.grid), files[0].parent / GRID)
-        print(files[0].parent / GRID)
+        grid = draw_grid(requests, made, config.grid)
+        save(grid, files[0].parent / GRID)
+        files, made = [*files, files[0].parent / GRID], [*made, grid]
     for file, picture in zip(files, made, strict=True):
         print(f"{file}  {picture.width} x {picture.height}")
     return 0
