@@ -223,7 +223,8 @@ def _from_split(config: RunConfig, folder: Path, recipe: Recipe, held_out: HeldO
     """
     folder.mkdir(exist_ok=True)
     fields = {f.name for f in dataclasses.fields(recipe.Request)}
-    picture = next((name for name, i in recipe.inputs.items() if i.kind == "image"), None)
+    pictures = sorted((i.crop != "whole", name) for name, i in recipe.inputs.items() if i.kind == "image")
+    picture = pictures[0][1] if pictures else None  # the whole picture where a recipe reads it: a crop can be cut of it
     caption = next((name for name, i in recipe.inputs.items() if i.kind == "text"), None)
     requests = []
     for row in range(min(config.validate.from_split, len(held_out))):

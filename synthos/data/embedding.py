@@ -1,5 +1,6 @@
 """Arrays that another model has left in a file: .npy, or .safetensors of one tensor."""
 
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +25,14 @@ def _read_npy(path: Path) -> NDArray[np.floating]:
         array = np.load(path, allow_pickle=False)
     except EOFError:
         raise ValueError("is empty") from None
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"is no array: {error}") from None
+    if not isinstance(array, np.ndarray):  # NumPy opens archives of arrays whatever they are called
+        array.close()
+        raise ValueError("is an archive of arrays; expected one array")
     if not np.issubdtype(array.dtype, np.floating):
         raise ValueError(f"holds {array.dtype}; expected floating-point numbers")
-    return array  # type: ignore[no-any-return]
+    return array
 
 
 def _read_safetensors(path: Path) -> NDArray[np.floating]:

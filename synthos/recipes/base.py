@@ -10,6 +10,7 @@ Encoders may be sharded too: `encode` calls each as a whole, and takes of its pa
 """
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -128,6 +129,19 @@ class Recipe(Protocol):
 def file_fields(request: dict[str, Any]) -> dict[str, str]:
     """The fields of a request, or of its settings, that name files, with the paths they hold."""
     return {key: value for key, value in request.items() if key.startswith(FILES) and isinstance(value, str)}
+
+
+def check_setting(setting: dict[str, Any], multiple: int, scales: tuple[str, ...]) -> None:
+    """Raise ValueError for a size that is no multiple, for no steps, and for a guidance scale that is no number."""
+    named = f"request {setting['name']!r}"
+    for key in ("height", "width"):
+        if setting[key] % multiple or setting[key] <= 0:
+            raise ValueError(f"{named}: {key} {setting[key]} is no multiple of {multiple}")
+    if setting["steps"] < 1:
+        raise ValueError(f"{named}: steps {setting['steps']} is not allowed; expected 1 or more")
+    for key in scales:
+        if not math.isfinite(setting[key]):
+            raise ValueError(f"{named}: {key} {setting[key]} is not allowed; expected a finite number")
 
 
 def group_rows(settings: list[dict[str, Any]]) -> list[list[int]]:

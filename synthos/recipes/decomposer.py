@@ -16,6 +16,7 @@ A dropped prompt is the empty one, decomposed as well; guidance: v = 1/N sum_i [
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -33,7 +34,7 @@ from synthos.keys import Draws
 from synthos.models import autoencoder_kl, sd3, sd3_text
 from synthos.models.decomposer import mean_cosine
 from synthos.models.parts import Models
-from synthos.recipes.base import Encoded, Images, Loss
+from synthos.recipes.base import Encoded, Images, Loss, check_setting
 
 PROMPT = ("text", "clip", "pooled")  # the features of a prompt, dropped together
 MODE_SCALE = 1.75  # at most; the density has an inverse from -1 to 2 / (pi - 2) = 1.7519...
@@ -62,14 +63,14 @@ class DecomposerConfig:
 
     def __post_init__(self) -> None:
         counts = "num_components num_tokens num_heads num_layers text_length clip_length shift logit_std"
-        for name in counts.split():
-            if getattr(self, name) <= 0:
-                raise ValueError(f"recipe.{name}: {getattr(self, name)} is not allowed; expected a number above 0")
-        if min(self.diff_weight, self.kd_weight) < 0 or self.diff_weight + self.kd_weight == 0:
-            raise ValueError(
-                f"recipe.diff_weight, recipe.kd_weight: {self.diff_weight} and {self.kd_weight} are not allowed; "
-                "expected numbers 0 or more, one of them above 0"
-            )
+        for name in (*counts.split(), "logit_mean", "guidance"):
+            low, value = 0 if name in counts else -math.inf, getattr(self, name)
+            if not low < value < math.inf:
+                raise ValueError(f"recipe.{name}: {value} is not allowed; expected a number above {low}")
+        weights = self.diff_weight, self.kd_weight
+        if not (min(weights) >= 0 and 0 < sum(weights) < math.inf):
+            said = "{} and {} are not allowed; expected numbers 0 or more, one of them above 0".format(*weights)
+            raise ValueError(f"recipe.diff_weight, recipe.kd_weight: {said}")
         if not -1 <= self.mode_scale <= MODE_SCALE:
             raise ValueError(f"recipe.mode_scale: {self.mode_scale} is not allowed; expected -1 to {MODE_SCALE}")
         if self.clip_text == "cut" and self.clip_length != sd3_text.CLIP_LENGTH:
@@ -203,11 +204,11 @@ class DecomposerRecipe:
         defaults = {"height": size[0], "width": size[1], "guidance": self.config.guidance}
         setting |= {key: value for key, value in defaults.items() if setting[key] is None}
         named, last = f"request {request.name!r}", self.config.num_components - 1
-        for key in ("height", "width"):
-            if setting[key] % self.size_multiple or setting[key] <= 0:
-                raise ValueError(f"{named}: {key} {setting[key]} is no multiple of {self.size_multiple}")
-        if setting["steps"] < 1:
-            raise ValueError(f"{named}: steps {setting['steps']} is not allowed; expected 1 or more")
+        check_setting(setting, self.size_multiple, ("guidance",))
+        if max(setting["height"], setting["width"]) > (largest := 16 * self.network.config.pos_embed_max_size):
+            raise ValueError(f"{named}: height and width of more than {largest} are not allowed")
+        if setting["negative_prompt"] and setting["guidance"] == 1:
+            raise ValueError(f"{named}: negative_prompt has no effect with guidance 1; expected none, or another scale")
         if request.component is not None and (request.save_components or not 0 <= request.component <= last):
             allowed = "null with save_components" if request.save_components else f"0 to {last}, or null"
             raise ValueError(f"{named}: component {request.component} is not allowed; expected {allowed}")

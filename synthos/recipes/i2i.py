@@ -35,7 +35,7 @@ from synthos.diffusion.weights import bell_weights
 from synthos.keys import Draws
 from synthos.models import autoencoder, clip, text, wan
 from synthos.models.parts import Models
-from synthos.recipes.base import Encoded, Images, Loss
+from synthos.recipes.base import Encoded, Images, Loss, check_setting
 
 
 @dataclass(frozen=True)
@@ -202,16 +202,7 @@ class I2I:
         defaults = {"height": size[0], "width": size[1], "guidance_text": self.config.guidance_text,
                     "guidance_image": self.config.guidance_image}  # fmt: skip
         setting |= {key: value for key, value in defaults.items() if setting[key] is None}
-        for key in ("height", "width"):
-            if setting[key] % self.size_multiple or setting[key] <= 0:
-                raise ValueError(
-                    f"request {request.name!r}: {key} {setting[key]} is no multiple of {self.size_multiple}"
-                )
-        if setting["steps"] < 1:
-            raise ValueError(f"request {request.name!r}: steps {setting['steps']} is not allowed; expected 1 or more")
-        for key in ("guidance_text", "guidance_image"):
-            if not math.isfinite(setting[key]):
-                raise ValueError(f"request {request.name!r}: {key} {setting[key]} is not allowed; expected a number")
+        check_setting(setting, self.size_multiple, ("guidance_text", "guidance_image"))
         setting["guided"] = (
             3 if setting["guidance_image"] != 1 else 2 if setting["guidance_text"] != 1 else 0
         )  # branches

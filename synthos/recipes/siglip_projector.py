@@ -36,7 +36,7 @@ from synthos.diffusion.timesteps import index_from_uniform
 from synthos.keys import Draws
 from synthos.models import projector, sd_unet, sd_vae, siglip
 from synthos.models.parts import Models
-from synthos.recipes.base import Encoded, Images, Loss
+from synthos.recipes.base import Encoded, Images, Loss, check_setting
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
 
@@ -59,7 +59,9 @@ class SigLIPConfig:
         if self.num_tokens < 1 or root**2 != self.num_tokens:
             near = " or ".join(str(r * r) for r in (root, root + 1) if r)
             raise ValueError(f"recipe.num_tokens: {self.num_tokens} is no square number; nearest: {near}")
-        if self.noise_offset < 0:
+        if not math.isfinite(self.guidance):
+            raise ValueError(f"recipe.guidance: {self.guidance} is not allowed; expected a finite number")
+        if not 0 <= self.noise_offset < math.inf:
             raise ValueError(f"recipe.noise_offset: {self.noise_offset} is not allowed; expected 0 or more")
 
 
@@ -78,8 +80,8 @@ class SigLIPRequest:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 1 <= self.steps <= NUM_TIMES:
-            raise ValueError(f"request {self.name!r}: steps {self.steps} is not allowed; expected 1 to {NUM_TIMES}")
+        if not 1 <= self.steps < NUM_TIMES:  # the samplers' times are moved by one
+            raise ValueError(f"request {self.name!r}: steps {self.steps} is not allowed; expected 1 to {NUM_TIMES - 1}")
         if self.reference is not None and self.embedding is not None:
             raise ValueError(f"request {self.name!r}: reference and embedding are both set; expected one of them")
 
@@ -166,11 +168,7 @@ class SigLIPProjector:
         setting = {**dataclasses.asdict(request), "prompt": ""}
         defaults = {"height": size[0], "width": size[1], "guidance": self.config.guidance}
         setting |= {key: value for key, value in defaults.items() if setting[key] is None}
-        for key in ("height", "width"):
-            if setting[key] % self.size_multiple or setting[key] <= 0:
-                raise ValueError(
-                    f"request {request.name!r}: {key} {setting[key]} is no multiple of {self.size_multiple}"
-                )
+        check_setting(setting, self.size_multiple, ("guidance",))
         if request.embedding is not None:
             self._load(setting)
         setting["guided"] = setting["guidance"] != 1

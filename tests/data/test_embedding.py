@@ -46,3 +46,13 @@ def test_what_holds_no_array_of_floats_is_refused(tmp_path: Path) -> None:
     for name, words in faults.items():
         with pytest.raises(ValueError, match=words):
             read_embedding(tmp_path / name)
+
+
+def test_an_archive_is_no_array_whatever_it_is_called(tmp_path: Path) -> None:
+    with (tmp_path / "a.npy").open("wb") as file:
+        np.savez(file, tokens=np.zeros((2, 3), np.float32))
+    with pytest.raises(ValueError, match="is an archive of arrays"):
+        read_embedding(tmp_path / "a.npy")
+    (tmp_path / "b.npy").write_bytes((tmp_path / "a.npy").read_bytes()[:-20])
+    with pytest.raises(ValueError, match="is no array"):
+        read_embedding(tmp_path / "b.npy")

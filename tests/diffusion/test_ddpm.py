@@ -98,3 +98,9 @@ def test_the_settings_are_those_that_sd15_publishes() -> None:
 def test_an_unknown_sampler_is_an_error_that_lists_the_known() -> None:
     with pytest.raises(ValueError, match=r"'eular'.*did you mean 'euler'.*pndm"):
         sample_noise(lambda x, t: x, draw(1, 2), 5, "eular")
+
+
+@pytest.mark.parametrize("sampler", ["pndm", "ddim", "euler", "dpm"])
+def test_the_most_steps_that_are_allowed_can_be_made(sampler: str) -> None:
+    made = sample_noise(lambda x, t: torch.zeros_like(x), torch.ones(1, 1, 1, 1), 999, sampler)
+    assert made.isfinite().all()
