@@ -1,6 +1,6 @@
 """What passes between data and recipe: what a recipe reads of a sample, and a batch of samples so read."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -34,13 +34,43 @@ class Feature:
     ragged: bool = False
 
 
+@dataclass(frozen=True)
+class Fault:
+    """Why a sample could not be used, and where it lies."""
+
+    id: int  # of the sample, unsigned
+    epoch: int
+    source: str
+    shard: str  # file name of the tar
+    key: str
+    member: str  # extension, or "" where it is the sample as a whole
+    offset: int  # bytes of the member in the tar
+    size: int
+    reason: Literal["missing", "checksum", "decode", "limits", "caption", "known"]
+    error: str
+
+
 @dataclass
 class Batch:
-    """Samples as read: `columns` holds each of the recipe's inputs by name."""
+    """Samples as read: `columns` holds each of the recipe's inputs by name.
+
+    A bad sample has been replaced by another one of its source: `ids` are those of what was read, and `faults` tells
+    what it stands for. A sample of weight 0 only fills the batch up; over a global batch the weights have the mean 1.
+    """
 
     ids: Tensor  # int64 [B]
     epochs: Tensor  # int64 [B]
     columns: dict[str, Tensor | list[str]]
+    weights: Tensor = field(default_factory=lambda: torch.empty(0))  # float32 [B]; default: ones
+    replaced: Tensor = field(default_factory=lambda: torch.empty(0))  # bool [B]; default: none
+    faults: list[Fault] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)  # that readers took: fetch, read, decode, collate
+
+    def __post_init__(self) -> None:
+        if not len(self.weights):
+            self.weights = torch.ones(len(self.ids))
+        if not len(self.replaced):
+            self.replaced = torch.zeros(len(self.ids), dtype=torch.bool)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -59,12 +89,13 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         """The same batch with its tensors on `device`; ids and epochs stay on the CPU, where they are keys."""
         columns = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in self.columns.items()}
-        return Batch(self.ids, self.epochs, columns)
+        return replace(self, columns=columns, weights=self.weights.to(device, non_blocking=True))
 
     def split(self, size: int) -> list["Batch"]:
         """Consecutive batches of `size` samples (the last may be shorter)."""
         return [self.slice(i, i + size) for i in range(0, len(self), size)]
 
     def slice(self, start: int, stop: int) -> "Batch":
-        columns = {k: v[start:stop] for k, v in self.columns.items()}
-        return Batch(self.ids[start:stop], self.epochs[start:stop], columns)
+        rows = slice(start, stop)
+        columns = {k: v[rows] for k, v in self.columns.items()}
+        return Batch(self.ids[rows], self.epochs[rows], columns, self.weights[rows], self.replaced[rows])

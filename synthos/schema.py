@@ -37,16 +37,41 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class SourceConfig:
+    shards: str | list[str]  # as data.shards
+    weight: float | dict[str, float] | None = None  # share of the samples, or from which step on which; null: its size
+
+
+@dataclass(frozen=True)
+class BucketConfig:
+    """Shapes that pictures are read in, named one by one or generated."""
+
+    sizes: list[tuple[int, int]] | None = None  # height, width in pixels
+    areas: list[int] | None = None  # pixels; all shapes of about this area
+    multiple: int = 64  # pixels; heights and widths of generated shapes are multiples of it
+    max_aspect: float = 2.0  # longer edge / shorter edge of generated shapes
+
+
+@dataclass(frozen=True)
 class DataConfig:
     name: str
     shards: str | list[str] | None  # brace pattern, glob, folder, or a .txt / .json list of tars
+    mix: dict[str, SourceConfig] | None  # several sources by name, in place of `shards`
     validation: str | list[str] | None  # shards of their own, or else `holdout_fraction`
     holdout_fraction: float  # share of samples kept out of training, by the hash of their id
     height: int  # pixels
     width: int  # pixels
+    buckets: BucketConfig | None  # None: every picture is read at height x width
     window: int  # shards whose samples are shuffled together
     lanes: int | None  # default: the largest divisor of the global batch not above 64
+    tail: Literal["carry", "drop", "pad"]  # what becomes of the rest of an epoch
     workers: int  # decoding processes per rank; 0 decodes in the training process
+    read: Literal["auto", "ranges", "shards"]  # of remote shards: members alone, or whole to the cache; auto by scheme
+    cache: str | None  # folder for remote shards and tables of large data sets, best on a node's own disk
+    cache_gb: float | None  # 10^9 bytes that remote shards may take there; None: no limit
+    known_bad: str | None  # JSONL of samples to leave out, as `synthos data quarantine` writes it
+    max_bad_fraction: float  # of a source's samples, and of any 100,000 in a row, that may be bad
+    max_bad_per_shard: int
     prepare: str | None  # module of synthos.data that writes this data set on first use
 
 

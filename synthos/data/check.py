@@ -1,12 +1,15 @@
 """What a login node can say of a run's data before anything starts: from listings and indexes, never from pixels."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from synthos.batch import Input
-from synthos.data.index import index_path
-from synthos.data.shards import MissingShards, list_shards
+from synthos.data.shards import MissingShards, ShardPlace, list_shards
 from synthos.data.source import check_config, open_split
+from synthos.data.store.files import Storage
+from synthos.data.store.location import is_remote
 from synthos.schema import DataConfig
 
 
@@ -21,34 +24,39 @@ class DataFacts:
     missing: list[str] = field(default_factory=list)  # one line for each shard that is not there
 
 
-def facts(config: DataConfig, inputs: dict[str, Input], build: bool) -> DataFacts:
+def facts(config: DataConfig, inputs: Mapping[str, Input], build: bool) -> DataFacts:
     """What the run's data are.
 
     With `build`, indexes that are missing are built and left beside their shards; else nothing is written.
-    Raises ValueError for what is there and wrong: a damaged shard, a sample without a caption, a sample in both splits.
+    Raises ValueError for what is there and wrong: a damaged shard, too many samples without a caption, a sample in both
+    splits.
     """
     check_config(config)
-    paths, missing = _list(config)
+    storage = Storage()
+    places, missing = _list(config, storage)
     if missing:
         return DataFacts(missing=missing)
-    if not build and not all(index_path(path).is_file() for path in paths):
-        return DataFacts(shards=len(paths))
-    training, held_out = open_split(config, inputs)
-    names = [training.fingerprint] + ([held_out.fingerprint] if config.validation is not None else [])
-    identity = hashlib.blake2b(" ".join(names).encode(), digest_size=16).hexdigest()
-    return DataFacts(len(training), len(held_out), len(paths), identity, [])
+    if not build and not all(is_remote(place.index) or Path(place.index).is_file() for place in places):
+        return DataFacts(shards=len(places))
+    training, held_out = open_split(config, inputs, storage)
+    of_their_own = held_out if config.validation is not None else []
+    names = " ".join(source.fingerprint for source in [*training, *of_their_own])
+    identity = hashlib.blake2b(names.encode(), digest_size=16).hexdigest()
+    return DataFacts(sum(map(len, training)), sum(map(len, held_out)), len(places), identity, [])
 
 
-def _list(config: DataConfig) -> tuple[list[str], list[str]]:
-    """Paths of all shards, and a line for each missing one."""
-    paths: list[str] = []
+def _list(config: DataConfig, storage: Storage) -> tuple[list[ShardPlace], list[str]]:
+    """All shards, and a line for each missing one."""
+    places: list[ShardPlace] = []
     missing: list[str] = []
     specs = {"data.shards": config.shards}
+    if config.mix is not None:
+        specs = {f"data.mix.{name}.shards": source.shards for name, source in config.mix.items()}
     if config.validation is not None:
         specs["data.validation"] = config.validation
     for key, spec in specs.items():
         try:
-            paths += list_shards(spec, key)
+            places += list_shards(spec, key, storage)
         except MissingShards as error:
             missing += error.lines
-    return paths, missing
+    return places, missing

@@ -1,10 +1,12 @@
 """The index of a shard: where each member lies, and what must be known of a sample before it is read.
 
-It lies beside the shard as NNNNN.idx.npz (no pickle). `synthos data write` leaves one; for other shards it is built on
-first use by one pass over the tar. Held in memory it takes about 120 bytes per sample of three members.
+It lies beside the shard as NNNNN.idx.npz (no pickle), or with others in a folder of its own (`synthos data index`). For
+a tar of this machine it is built on first use by one pass over it. In memory it takes about 120 bytes per sample of
+three members.
 """
 
 import contextlib
+import io
 import os
 import zipfile
 import zlib
@@ -17,6 +19,10 @@ from numpy.typing import NDArray
 
 from synthos.data.decode import image_size
 from synthos.data.manifest import ShardLine
+from synthos.data.shards import ShardPlace
+from synthos.data.store.files import Storage
+from synthos.data.store.location import is_remote, masked
+from synthos.data.store.retry import MissingFile
 from synthos.data.tar import Span, walk
 
 FORMAT = 1
@@ -59,25 +65,37 @@ class ShardIndex:
         return ShardLine(name, self.bytes, len(self), self.checksum)
 
 
-def index_path(shard: str | Path) -> Path:
-    """NNNNN.tar -> NNNNN.idx.npz."""
-    return Path(shard).with_suffix(".idx.npz")
-
-
-def open_index(shard: str) -> ShardIndex:
+def open_index(place: ShardPlace, storage: Storage | None = None) -> ShardIndex:
     """The shard's index, built and left beside it on first use (kept in memory only where that is not allowed).
 
-    Raises ValueError for a damaged shard, and for an index that does not fit its shard.
+    Raises ValueError for a damaged shard, for an index that does not fit its shard, and for a shard elsewhere that has
+    no index.
     """
-    path = index_path(shard)
+    if is_remote(place.index):
+        return _read_remote(place, storage or Storage())
+    path = Path(place.index)
     if path.is_file():
         index = load_index(path)
-        _check_bytes(shard, index)
+        if not is_remote(place.url):
+            _check_bytes(place, index)
         return index
-    index = build_index(shard)
+    if is_remote(place.url):
+        raise ValueError(f"{path} is not there: the index of {masked(place.url)}; `synthos data index` writes it")
+    index = build_index(place.url)
     if os.access(path.parent, os.W_OK):
         save_index(path, index)
     return index
+
+
+def _read_remote(place: ShardPlace, storage: Storage) -> ShardIndex:
+    try:
+        data = storage.read(place.index)
+    except MissingFile:
+        raise ValueError(
+            f"{masked(place.url)} has no index; `synthos data index {masked(place.url)} --out FOLDER` writes one, and "
+            "data.shards=FOLDER then reads the shard by it"
+        ) from None
+    return load_index(io.BytesIO(data), masked(place.index))
 
 
 def build_index(shard: str | Path) -> ShardIndex:
@@ -112,28 +130,28 @@ def save_index(path: Path, index: ShardIndex) -> None:
     part.replace(path)
 
 
-def load_index(path: Path) -> ShardIndex:
-    """Read what `save_index` wrote; ValueError for a damaged file or another format."""
+def load_index(file: Path | io.BytesIO, name: str = "") -> ShardIndex:
+    """Read what `save_index` wrote; ValueError, naming it, for a damaged file or another format."""
+    name = name or str(file)
     try:
-        with np.load(path, allow_pickle=False) as file:
-            version, size, checksum = file["tar"].tolist()
-            extensions = [extension.decode() for extension in file["extensions"].tolist()]
-            index = ShardIndex(size, checksum, file["keys"], extensions, file["members"])
+        with np.load(file, allow_pickle=False) as arrays:
+            version, size, checksum = arrays["tar"].tolist()
+            extensions = [extension.decode() for extension in arrays["extensions"].tolist()]
+            index = ShardIndex(size, checksum, arrays["keys"], extensions, arrays["members"])
     except (zipfile.BadZipFile, zlib.error, ValueError, KeyError, EOFError) as error:
-        raise ValueError(f"{path} is damaged: {error}; delete it, and it is built anew") from None
+        raise ValueError(f"{name} is damaged: {error}; delete it, and it is built anew") from None
     shape = (len(index), len(extensions))
     if version != FORMAT or index.members.dtype != MEMBER or index.members.shape != shape:
-        raise ValueError(f"{path} is of another format; delete it, and it is built anew")
+        raise ValueError(f"{name} is of another format; delete it, and it is built anew")
     return index
 
 
-def _check_bytes(shard: str, index: ShardIndex) -> None:
-    size = os.path.getsize(shard)
+def _check_bytes(place: ShardPlace, index: ShardIndex) -> None:
+    size = os.path.getsize(place.url)
     if size != index.bytes:
-        name = index_path(shard).name
         raise ValueError(
-            f"{shard} has {size} bytes, its index says {index.bytes}: the shard is cut or was changed; "
-            f"restore it, or delete {name} to index it anew"
+            f"{place.url} has {size} bytes, its index says {index.bytes}: the shard is cut or was changed; "
+            f"restore it, or delete {Path(place.index).name} to index it anew"
         )
 
 

@@ -18,6 +18,7 @@ class ShardLine:
     bytes: int  # of the tar
     samples: int
     checksum: int  # CRC-32 of the tar
+    url: str | None = None  # where the tar lies, if not beside the manifest; no part of its identity
 
 
 def fingerprint(lines: Iterable[ShardLine]) -> str:
@@ -30,7 +31,8 @@ def fingerprint(lines: Iterable[ShardLine]) -> str:
 
 def write_manifest(folder: Path, lines: list[ShardLine]) -> None:
     """Write manifest.json; a data set that has one is finished."""
-    content = {"format": FORMAT, "fingerprint": fingerprint(lines), "shards": [asdict(line) for line in lines]}
+    shards = [{key: value for key, value in asdict(line).items() if value is not None} for line in lines]
+    content = {"format": FORMAT, "fingerprint": fingerprint(lines), "shards": shards}
     part = folder / f".{FILE}.part"
     part.write_text(json.dumps(content, indent=1) + "\n")
     part.replace(folder / FILE)
@@ -42,14 +44,17 @@ def read_manifest(folder: Path) -> dict[str, ShardLine] | None:
     Raises ValueError for a manifest that is damaged or of another format.
     """
     path = folder / FILE
-    if not path.is_file():
-        return None
+    return parse_manifest(path.read_bytes(), str(path)) if path.is_file() else None
+
+
+def parse_manifest(content: bytes, where: str) -> dict[str, ShardLine]:
+    """The shards by name, in order; ValueError, naming `where`, for a manifest that is damaged or of another format."""
     try:
-        content = json.loads(path.read_text())
-        lines = [ShardLine(**line) for line in content["shards"]]
-        sound = content["format"] == FORMAT and content["fingerprint"] == fingerprint(lines)
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no manifest: {error!r}; delete it to go without one") from None
+        parsed = json.loads(content)
+        lines = [ShardLine(**line) for line in parsed["shards"]]
+        sound = parsed["format"] == FORMAT and parsed["fingerprint"] == fingerprint(lines)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{where} is no manifest: {error!r}; delete it to go without one") from None
     if not sound:
-        raise ValueError(f"{path} is of another format or was edited; delete it to go without one")
+        raise ValueError(f"{where} is of another format or was edited; delete it to go without one")
     return {line.name: line for line in lines}

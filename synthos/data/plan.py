@@ -1,156 +1,178 @@
-"""The order of samples: global batch t is a pure function of (seed, data set, t). No rank, no worker, no history.
+"""The global batches of a run: which samples, in which shape. Every rank plans all of it, and reads its own share.
 
-The samples of a run are numbered q = 0, 1, 2, ... and N of them make an epoch, so sample q belongs to epoch q // N: the
-rest of an epoch opens the batch that begins the next one (tail policy `carry`), and nothing is lost or repeated. Sample
-q goes down lane q % K, so each lane is a queue of its own, and within one epoch the K lanes share out the data set:
+Slots n = 0, 1, 2, ... are dealt to the sources (`mixture`), each of which has an order of its own (`order`). B slots at
+a time are drawn; their samples wait in the queue of their bucket, the shape in which they are read, and a queue of B
+becomes a batch: all ranks share a shape. Without buckets there is one queue, which each draw fills and each batch
+empties. So the whole state is the number of slots drawn and the slots that wait, whatever ranks and workers there are.
 
-1. The shards are permuted, and their samples laid on one line in that order.
-2. The line is cut into K consecutive parts, equal up to one sample (a shard may straddle two). Lane k serves part k.
-3. In each part, windows of `window` shards are permuted whole.
-4. Batch t takes B / K samples from each lane, lane after lane; rank r of W takes the slice [r B/W, (r+1) B/W).
-
-Any W that divides B gives the same batches, and while W divides K a rank keeps to its own lanes, so each shard is read
-by few ranks. No permutation longer than a window is made, and any batch can be asked for without the ones before it.
+An epoch of the run is as many slots as the sources have samples. At its end (`tail`) what waits opens the next one
+(`carry`), is left out (`drop`), or is filled up to a batch with samples of weight 0 (`pad`).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from synthos.keys import hash64
+from synthos.data.mixture import Mixture
+from synthos.data.order import Order
 
 MAX_LANES = 64
+Tail = Literal["carry", "drop", "pad"]
 Ints = NDArray[np.int64]
+SLOT, SOURCE, NUMBER, EPOCH, POSITION = range(5)  # rows of a table of samples, int64 [5, n]
+AHEAD = 1 << 15  # slots looked up together
 
 
 @dataclass(frozen=True)
-class _Line:
-    """The samples of one epoch in the order of its shards, S of them."""
+class Planned:
+    """One global batch, each array [B]."""
 
-    ends: Ints  # [S] where each shard ends on the line
-    starts: Ints  # [S] where each begins
-    positions: Ints  # [S] data-set position of each shard's first sample
+    sources: Ints
+    epochs: Ints  # of the sample's own source
+    positions: Ints  # in the source
+    real: NDArray[np.bool_]  # False: fills the batch up, and counts nothing
+    bucket: int
 
 
 @dataclass(frozen=True)
-class _Run:
-    """A shuffled window: consecutive samples of one lane in one epoch."""
+class Position:
+    """Where a plan stands: all of its state."""
 
-    start: int  # number of its first sample in the lane's queue
-    epoch: int
-    positions: Ints
+    drawn: int  # slots
+    waiting: list[Ints]  # drawn slots whose samples are in no batch yet, of each bucket
+
+    def as_json(self) -> dict[str, Any]:
+        return {"drawn": self.drawn, "waiting": [slots.tolist() for slots in self.waiting]}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "Position":
+        """Raises ValueError, TypeError or KeyError for what `as_json` can't have made."""
+        drawn, waiting = value["drawn"], [np.array(slots, np.int64) for slots in value["waiting"]]
+        if not isinstance(drawn, int) or any(len(s) and not 0 <= s.min() <= s.max() < drawn for s in waiting):
+            raise ValueError(f"{drawn!r} slots drawn, and others wait")
+        return cls(drawn, waiting)
 
 
-class Plan:
-    """The order of one data set.
+class Planner:
+    """Plans one global batch after another.
 
     Args:
-        shard_sizes: samples in each shard, after held-out ones were removed; zeros are fine.
-        seed: the run's.
-        fingerprint: of the data set; another data set has another order.
+        orders: of each source.
+        mixture: of them.
+        buckets: of each source, the bucket of the sample at each position, uint8 [N]; None where there is one bucket.
+        num_buckets: how many there are.
         batch_size: B, the global batch.
-        lanes: K, divides B; by default the largest divisor of B not above 64.
-        window: shards whose samples are shuffled together.
+        tail: what becomes of the rest of an epoch.
 
-    Raises ValueError for an empty data set, and for lanes that do not divide the batch.
+    Raises ValueError where no batch could ever be filled.
     """
 
     def __init__(
         self,
-        shard_sizes: Sequence[int],
-        seed: int,
-        fingerprint: str,
+        orders: Sequence[Order],
+        mixture: Mixture,
+        *,
         batch_size: int,
-        lanes: int | None = None,
-        window: int = 16,
+        buckets: Sequence[NDArray[np.uint8]] | None = None,
+        num_buckets: int = 1,
+        tail: Tail = "carry",
     ) -> None:
-        sizes = np.asarray(shard_sizes, np.int64)
-        self.num_samples = int(sizes.sum())
-        if not self.num_samples:
-            raise ValueError("data.shards: no sample to train on")
-        if lanes is not None and (lanes < 1 or batch_size % lanes):
-            near = default_lanes(batch_size)
-            raise ValueError(f"data.lanes: {lanes} does not divide batch.size {batch_size}; {near} does")
-        self.batch_size, self.window = batch_size, window
-        self.lanes = lanes or default_lanes(batch_size)
-        self._key = (seed, fingerprint)
-        self._sizes = sizes[sizes > 0]
-        self._positions = (sizes.cumsum() - sizes)[sizes > 0]
-        self._line = lru_cache(maxsize=4)(self._build_line)
-        self._latest = [_Run(0, 0, np.empty(0, np.int64))] * self.lanes
+        self.orders, self.mixture, self.buckets = orders, mixture, buckets
+        self.batch_size, self.num_buckets, self.tail = batch_size, num_buckets, tail
+        self.num_samples = sum(order.num_samples for order in orders)  # an epoch
+        if tail == "drop" and self.num_samples < batch_size:
+            raise ValueError(
+                f"data.tail: drop would leave out every sample: an epoch has {self.num_samples}, batch.size is "
+                f"{batch_size}; expected carry or pad, or a smaller batch"
+            )
+        self.drawn = 0
+        self.queues = [np.empty((5, 0), np.int64)] * num_buckets
+        self._ahead = self.queues[0]  # of slots that will be drawn next
 
-    def batch(self, t: int) -> tuple[Ints, Ints]:
-        """Epochs and data-set positions of global batch t (counted over the whole run), int64 [B] each."""
-        share = self.batch_size // self.lanes
-        epochs = np.empty((self.lanes, share), np.int64)
-        positions = np.empty((self.lanes, share), np.int64)
-        for lane in range(self.lanes):
-            self._fill(lane, t * share, epochs[lane], positions[lane])
-        return epochs.ravel(), positions.ravel()
+    def next(self) -> Planned:
+        """The next global batch. Raises RuntimeError if `drop` has left out a whole epoch."""
+        while not (ready := [b for b, queue in enumerate(self.queues) if queue.shape[1] >= self.batch_size]):
+            waiting = [b for b, queue in enumerate(self.queues) if queue.shape[1]]
+            if waiting and self.tail != "carry" and self.drawn % self.num_samples == 0:
+                if self.tail == "pad":
+                    return self._emit(min(waiting, key=lambda b: int(self.queues[b][SLOT, 0])))
+                self._drop()
+            self._draw()
+        return self._emit(min(ready, key=lambda b: int(self.queues[b][SLOT, self.batch_size - 1])))
 
-    def _fill(self, lane: int, start: int, epochs: Ints, positions: Ints) -> None:
-        """Fill both with the lane's samples from its `start`-th on."""
-        done = 0
-        while done < len(epochs):
-            run = self._run(lane, start + done)
-            skip = start + done - run.start
-            part = slice(done, done + min(len(run.positions) - skip, len(epochs) - done))
-            epochs[part] = run.epoch
-            positions[part] = run.positions[skip : skip + part.stop - part.start]
-            done = part.stop
+    def position(self) -> Position:
+        return Position(self.drawn, [queue[SLOT] for queue in self.queues])
 
-    def _run(self, lane: int, at: int) -> _Run:
-        """The window that holds the lane's `at`-th sample; each lane remembers its latest."""
-        run = self._latest[lane]
-        if not run.start <= at < run.start + len(run.positions):
-            run = self._latest[lane] = self._shuffle(lane, at)
-        return run
+    def go_to(self, position: Position) -> None:
+        """Go on after the batch at which `position` was taken."""
+        assert len(position.waiting) == self.num_buckets
+        self.drawn = position.drawn
+        self._ahead = np.empty((5, 0), np.int64)
+        self.queues = [self._find(slots) for slots in position.waiting]
 
-    def _shuffle(self, lane: int, at: int) -> _Run:
-        epoch = (at * self.lanes + lane) // self.num_samples
-        line = self._line(epoch)
-        served = self._dealt(epoch * self.num_samples, lane)  # by this lane before this epoch
-        begin = self._part_start(epoch, lane)
-        end = self._part_start(epoch, lane + 1)
-        first = int(line.ends.searchsorted(begin, "right"))  # shard in which the lane's part begins
-        number = (int(line.ends.searchsorted(begin + at - served, "right")) - first) // self.window
-        shards = slice(first + number * self.window, first + (number + 1) * self.window)
-        low = max(begin, int(line.starts[shards][0]))
-        high = min(end, int(line.ends[shards][-1]))
-        places = low + self._permutation(high - low, "window", epoch, lane, number)
-        shard = line.ends.searchsorted(places, "right")
-        return _Run(served + low - begin, epoch, line.positions[shard] + places - line.starts[shard])
+    def _draw(self) -> None:
+        """Put the samples of the next slots to the queues of their buckets."""
+        stop = self.drawn + self.batch_size
+        if self.tail != "carry":
+            stop = min(stop, (self.drawn // self.num_samples + 1) * self.num_samples)
+        found = self._look_ahead(stop)
+        self.drawn = stop
+        if self.buckets is None:
+            self.queues[0] = np.concatenate([self.queues[0], found], axis=1)
+            return
+        bucket = np.empty(found.shape[1], np.uint8)
+        for source, buckets in enumerate(self.buckets):
+            own = found[SOURCE] == source
+            bucket[own] = buckets[found[POSITION, own]]
+        for number in np.unique(bucket).tolist():
+            self.queues[number] = np.concatenate([self.queues[number], found[:, bucket == number]], axis=1)
 
-    def _build_line(self, epoch: int) -> _Line:
-        order = self._permutation(len(self._sizes), "shards", epoch)
-        ends = self._sizes[order].cumsum()
-        return _Line(ends, ends - self._sizes[order], self._positions[order])
+    def _look_ahead(self, stop: int) -> Ints:
+        """The samples of the slots from the first undrawn one to `stop`."""
+        if self._ahead.shape[1] < stop - self.drawn:
+            ahead = self.drawn + min(AHEAD, self.num_samples)  # small data sets have an order per epoch to make
+            self._ahead = self._find(np.arange(self.drawn, max(stop, ahead)))
+        found, self._ahead = np.split(self._ahead, [stop - self.drawn], axis=1)
+        return found
 
-    def _part_start(self, epoch: int, lane: int) -> int:
-        """Where the lane's part of an epoch begins on the line: what the lanes before it are dealt in this epoch."""
-        before, after = epoch * self.num_samples, (epoch + 1) * self.num_samples
-        return self._dealt_below(after, lane) - self._dealt_below(before, lane)
+    def _find(self, slots: Ints) -> Ints:
+        """What the slots, which ascend, hold, [5, n]."""
+        found = np.empty((5, len(slots)), np.int64)
+        found[SLOT] = slots
+        found[SOURCE], found[NUMBER] = self.mixture.deal(slots)
+        for source, order in enumerate(self.orders):
+            own = np.flatnonzero(found[SOURCE] == source)
+            found[EPOCH, own], found[POSITION, own] = order.places(found[NUMBER, own])
+        return found
 
-    def _dealt(self, count: int, lane: int) -> int:
-        """How many of the run's first `count` samples went down `lane`."""
-        return self._dealt_below(count, lane + 1) - self._dealt_below(count, lane)
+    def _emit(self, bucket: int) -> Planned:
+        """The first B of a queue, lane after lane; fewer are filled up with themselves."""
+        batch, self.queues[bucket] = np.split(self.queues[bucket], [self.batch_size], axis=1)
+        rows = (batch[NUMBER] % self.orders[0].lanes).astype(np.uint16).argsort(kind="stable")
+        batch = batch[:, np.resize(rows, self.batch_size)]
+        real = np.arange(self.batch_size) < len(rows)
+        return Planned(batch[SOURCE], batch[EPOCH], batch[POSITION], real, bucket)
 
-    def _dealt_below(self, count: int, lane: int) -> int:
-        """How many of the run's first `count` samples went down a lane below `lane`."""
-        return count // self.lanes * lane + min(count % self.lanes, lane)
-
-    def _permutation(self, size: int, *name: int | str) -> Ints:
-        """A permutation keyed by the run, the data set and `name`: the ranks of `size` raw Philox numbers.
-
-        Raw bits, since NumPy promises them for ever; its own `permutation` may change with a version.
-        """
-        raw = np.random.Philox(key=hash64(*self._key, *name)).random_raw(size)
-        return raw.argsort(kind="stable")
+    def _drop(self) -> None:
+        if sum(queue.shape[1] for queue in self.queues) == self.num_samples:
+            raise RuntimeError(
+                f"data.tail: drop has left out a whole epoch: none of {self.num_buckets} buckets had "
+                f"{self.batch_size} of its {self.num_samples} samples; expected carry or pad, or fewer buckets"
+            )
+        self.queues = [queue[:, :0] for queue in self.queues]
 
 
 def default_lanes(batch_size: int) -> int:
     """The largest divisor of the global batch not above `MAX_LANES`."""
     return max(lanes for lanes in range(1, MAX_LANES + 1) if batch_size % lanes == 0)
+
+
+def check_lanes(lanes: int | None, batch_size: int) -> int:
+    """K, by default `default_lanes`. Raises ValueError where it does not divide the batch."""
+    near = default_lanes(batch_size)
+    if lanes is not None and (lanes < 1 or batch_size % lanes):
+        raise ValueError(f"data.lanes: {lanes} does not divide batch.size {batch_size}; {near} does")
+    return lanes or near

@@ -1,78 +1,183 @@
-"""From read instructions to a batch. Readers hold no state, so neither their number nor a restart of one can matter."""
+"""From read instructions to a batch. Readers hold no state, so neither their number nor a restart of one can matter.
 
-import os
+A sample that can't be used is replaced by another one of its source and bucket, drawn by a hash of its id and epoch:
+the same on any rank, in any reader, at any time. The world's failures (a store, a disk) are never a sample's fault.
+"""
+
+import time
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from synthos.batch import Batch, Input
+from synthos.batch import Batch, Fault, Input
+from synthos.data.buckets import Size, assign
 from synthos.data.decode import decode_image
-from synthos.data.index import Member
-from synthos.keys import signed64
+from synthos.data.selection import sized_input
+from synthos.data.shelf import Shelf, View
+from synthos.data.source import Source
+from synthos.keys import hash64, sample_id
+
+Ints = NDArray[np.int64]
+TRIES = 4096  # rows looked at for a substitute of the same bucket, then as many of any
 
 
-class Sample(NamedTuple):
-    """All that a reader is told of one sample."""
+class Instruction(NamedTuple):
+    """What to read for one batch, each array [B]."""
 
-    id: int  # unsigned
-    epoch: int
-    shard: str  # path of its tar
-    key: str
-    members: dict[str, Member]  # by name of the input
+    sources: Ints
+    shards: Ints  # of the source
+    rows: Ints  # of the shard
+    epochs: Ints
+    weights: NDArray[np.float32]
+    bucket: int
+
+
+class Unusable(Exception):
+    """A sample that can't be used."""
+
+    def __init__(self, fault: Fault) -> None:
+        super().__init__(fault.error)
+        self.fault = fault
 
 
 class Reader(Dataset[Batch]):
     """Reads, checks and decodes samples.
 
     Args:
+        sources: their shards are read by number.
         inputs: what is read of each, by name.
-        height, width: pixels of every picture.
+        sizes: height and width of the pictures of each bucket.
+        shelf: where shards are opened.
     """
 
-    def __init__(self, inputs: dict[str, Input], height: int, width: int) -> None:
-        self.inputs, self.height, self.width = inputs, height, width
+    def __init__(self, sources: list[Source], inputs: dict[str, Input], sizes: list[Size], shelf: Shelf) -> None:
+        self.sources, self.inputs, self.sizes, self.shelf = [s.for_readers() for s in sources], inputs, sizes, shelf
+        self.seconds: dict[str, float] = {}
 
-    def __getitems__(self, samples: list[Sample]) -> Batch:
-        """The samples as one batch.
+    def __getitems__(self, instructions: list[Instruction]) -> Batch:
+        """The samples of one instruction as a batch.
 
-        Raises RuntimeError naming shard and key for a sample that has changed since it was indexed or can't be decoded.
+        Raises RuntimeError naming shard and key for a sample that can't be used and has no substitute.
         """
-        rows = [self._read(sample) for sample in samples]
-        columns: dict[str, Tensor | list[str]] = {}
-        for name, item in self.inputs.items():
-            values = [row[name] for row in rows]
-            columns[name] = torch.from_numpy(np.stack(values)) if item.kind == "image" else values
-        ids = torch.tensor([signed64(sample.id) for sample in samples], dtype=torch.int64)
-        epochs = torch.tensor([sample.epoch for sample in samples], dtype=torch.int64)
-        return Batch(ids, epochs, columns)
+        (asked,) = instructions
+        self.seconds = dict.fromkeys(("fetch", "read", "decode", "collate"), 0.0)
+        size = self.sizes[asked.bucket]
+        columns = self._columns(len(asked.rows), size)
+        ids, replaced, faults = np.empty(len(asked.rows), np.uint64), np.zeros(len(asked.rows), bool), []
+        for (source, shard), places in _grouped(asked).items():
+            view = self._view(source, shard)
+            rows = asked.rows[places].tolist()
+            with self._timed("fetch" if self.shelf.remote(view) else "read"):
+                found = self.shelf.read(view, rows)
+            for place, row, data in zip(places.tolist(), rows, found, strict=True):
+                epoch = int(asked.epochs[place])
+                try:
+                    values = self._decode(self.sources[source].name, view, row, epoch, data, size)
+                    identity = self._id(source, view, row)
+                except Unusable as error:
+                    faults.append(error.fault)
+                    identity, values = self._substitute(source, error.fault, asked.bucket, size)
+                    replaced[place] = True
+                ids[place] = identity
+                for name, value in values.items():
+                    columns[name][place] = value
+        with self._timed("collate"):
+            tensors = {name: torch.from_numpy(c) if isinstance(c, np.ndarray) else c for name, c in columns.items()}
+        return Batch(
+            torch.from_numpy(ids.view(np.int64)),
+            torch.from_numpy(asked.epochs),
+            tensors,
+            torch.from_numpy(asked.weights),
+            torch.from_numpy(replaced),
+            faults,
+            self.seconds,
+        )
 
-    def _read(self, sample: Sample) -> dict[str, Any]:
+    def ids(self, source: int, shards: Ints, rows: Ints) -> NDArray[np.uint64]:
+        """Sample ids, [n]."""
+        pairs = zip(shards.tolist(), rows.tolist(), strict=True)
+        return np.array([self._id(source, self._view(source, shard), row) for shard, row in pairs], np.uint64)
+
+    def _columns(self, count: int, size: Size) -> dict[str, Any]:
+        """Room for a batch: pixels are decoded to where they stay."""
+        return {
+            name: np.empty((count, 3, *size), np.uint8) if item.kind == "image" else [""] * count
+            for name, item in self.inputs.items()
+        }
+
+    def _view(self, source: int, shard: int) -> View:
+        place, line = self.sources[source].places[shard], self.sources[source].lines[shard]
+        with self._timed("fetch"):
+            return self.shelf.view(place, line, self.inputs)
+
+    def _id(self, source: int, view: View, row: int) -> int:
+        return sample_id(self.sources[source].name, view.name, view.key(row))
+
+    def _decode(
+        self, source: str, view: View, row: int, epoch: int, data: dict[str, bytes], size: Size
+    ) -> dict[str, Any]:
         """Each input's value: pixels uint8 [3, H, W], or text."""
-        data = read_members(sample.shard, set(sample.members.values()))  # two inputs may read the same member
-        values = {}
-        for name, member in sample.members.items():
-            if zlib.crc32(data[member]) != member.checksum:
-                raise RuntimeError(f"{sample.shard}: sample {sample.key!r} has changed since it was indexed")
-            try:
-                values[name] = self._decode(self.inputs[name], data[member])
-            except ValueError as error:
-                raise RuntimeError(f"{sample.shard}: sample {sample.key!r}: {name}: {error}") from None
+        values: dict[str, Any] = {}
+        with self._timed("decode"):
+            for name, item in self.inputs.items():
+                if zlib.crc32(data[name]) != view.members[name][row]["checksum"]:
+                    error = "has changed since it was indexed"
+                    raise Unusable(view.fault(source, row, epoch, name, "checksum", error))
+                try:
+                    values[name] = self._value(item, data[name], size)
+                except ValueError as error:
+                    reason = "decode" if item.kind == "image" else "caption"
+                    said = f"can't be decoded: {name}: {error}"
+                    raise Unusable(view.fault(source, row, epoch, name, reason, said)) from None
         return values
 
-    def _decode(self, item: Input, data: bytes) -> Any:
-        if item.kind == "image":
-            return decode_image(data, self.height, self.width, item.crop)
-        return data.decode().strip()
+    def _value(self, item: Input, data: bytes, size: Size) -> Any:
+        return decode_image(data, *size, item.crop) if item.kind == "image" else data.decode().strip()
+
+    def _substitute(self, source: int, fault: Fault, bucket: int, size: Size) -> tuple[int, dict[str, Any]]:
+        """Id and values of the sample that stands for a bad one."""
+        tried = {fault.key}
+        for attempt in range(2 * TRIES):
+            number = hash64("substitute", fault.id, fault.epoch, attempt) % self.sources[source].selection.num_rows
+            found = self.sources[source].used(number)
+            if found is None:
+                continue
+            view, row = self._view(source, found[0]), found[1]
+            if view.key(row) in tried or (attempt < TRIES and self._bucket(view, row) != bucket):
+                continue
+            (data,) = self.shelf.read(view, [row])
+            try:
+                values = self._decode(fault.source, view, row, fault.epoch, data, size)
+                return self._id(source, view, row), values
+            except Unusable:  # met and counted when its own turn comes
+                tried.add(view.key(row))
+        raise RuntimeError(
+            f"{fault.source}/{fault.shard}: sample {fault.key!r} {fault.error}, and no other sample of {fault.source} "
+            "can stand for it"
+        )
+
+    def _bucket(self, view: View, row: int) -> int:
+        if len(self.sizes) == 1:
+            return 0
+        member = view.members[sized_input(self.inputs)][row : row + 1]
+        return int(assign(member["width"], member["height"], self.sizes)[0])
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
 
-def read_members(shard: str, members: set[Member]) -> dict[Member, bytes]:
-    """The bytes of some members of a shard; fewer than asked where the file ends."""
-    descriptor = os.open(shard, os.O_RDONLY)
-    try:
-        return {member: os.pread(descriptor, member.size, member.offset) for member in members}
-    finally:
-        os.close(descriptor)
+def _grouped(asked: Instruction) -> dict[tuple[int, int], Ints]:
+    """Places in the batch by source and shard, so that neighbours are read together."""
+    order = np.lexsort((asked.rows, asked.shards, asked.sources))
+    cuts = np.flatnonzero(np.diff(asked.sources[order]) | np.diff(asked.shards[order])) + 1
+    groups = np.split(order, cuts)
+    return {(int(asked.sources[g[0]]), int(asked.shards[g[0]])): g for g in groups if len(g)}

@@ -1,17 +1,41 @@
-"""From what a config says about shards to an ordered list of local tar files.
+"""From what a config says about shards to an ordered list of tars, on this machine or elsewhere.
 
-This is the only module that knows how shards are named; object stores will enter here and in `reader.read_span`.
+This is the only module that knows how shards are named.
 """
 
 import glob
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
-from synthos.data.manifest import read_manifest
+from synthos.data import manifest
+from synthos.data.manifest import ShardLine
+from synthos.data.store.files import Storage
+from synthos.data.store.location import check_location, file_name, is_remote, join, masked, parent
+from synthos.data.store.retry import MissingFile
 
 Spec = str | list[str] | None
 FORMS = "a brace pattern, a glob, a folder, a .txt or .json list of tars, or a list of these"
+
+
+@dataclass(frozen=True)
+class ShardPlace:
+    """Where a shard lies, and its index."""
+
+    url: str  # path or address of the tar
+    index: str  # path or address of its index
+    line: ShardLine | None = None  # as a manifest has it
+
+    @classmethod
+    def beside(cls, url: str) -> "ShardPlace":
+        """A shard whose index lies beside it: NNNNN.tar and NNNNN.idx.npz."""
+        return cls(url, index_path(url))
+
+    @property
+    def name(self) -> str:
+        """The file's name, part of every sample's id."""
+        return file_name(self.url)
 
 
 class MissingShards(ValueError):
@@ -23,81 +47,112 @@ class MissingShards(ValueError):
         self.lines = lines
 
 
-def list_shards(spec: Spec, key: str = "data.shards") -> list[str]:
-    """Paths of the tars that `spec` names, in its own order; folders and globs in the order of their names.
+def index_path(shard: str) -> str:
+    """NNNNN.tar -> NNNNN.idx.npz, beside it."""
+    return shard.removesuffix(".tar") + ".idx.npz"
 
-    Entries of a list file are relative to the file's folder. Raises MissingShards for what does not exist, and
-    ValueError, naming the config key, for what can never be a shard.
+
+def list_shards(spec: Spec, key: str = "data.shards", storage: Storage | None = None) -> list[ShardPlace]:
+    """The tars that `spec` names, in its own order; folders and globs in the order of their names.
+
+    Entries of a list file are relative to the file's folder. A folder may hold a manifest and indexes alone, of tars
+    that lie elsewhere. Raises MissingShards for what does not exist, and ValueError, naming the config key, for what
+    can never be a shard.
     """
     if spec is None or spec == []:
         raise MissingShards([f"{key}: not set; expected {FORMS}"])
-    paths = [path for entry in ([spec] if isinstance(spec, str) else spec) for path in _expand(entry, key)]
-    missing = [f"{key}: no such shard: {path}" for path in paths if not path.is_file()]
+    storage = storage or Storage()
+    places = [place for entry in ([spec] if isinstance(spec, str) else spec) for place in _expand(entry, key, storage)]
+    missing = [p.url for p in places if not is_remote(p.url) and not Path(p.url).is_file()]
     if missing:
-        raise MissingShards(missing)
-    _refuse_equal_names(paths, key)
-    return [str(path) for path in paths]
+        raise MissingShards([f"{key}: no such shard: {path}" for path in missing])
+    _refuse_equal_names(places, key)
+    return places
 
 
-def _expand(entry: str, key: str) -> list[Path]:
-    _refuse_remote(entry, key)
-    path = Path(entry).expanduser()
-    if path.is_dir():
-        return _list_folder(path, key)
-    if path.suffix in (".txt", ".json"):
-        return _read_list(path, key)
-    found = [Path(p) for pattern in _expand_braces(str(path)) for p in _expand_glob(pattern, key)]
+def _expand(entry: str, key: str, storage: Storage) -> list[ShardPlace]:
+    check_location(entry, key)
+    remote = is_remote(entry)
+    path = entry if remote else str(Path(entry.removeprefix("file://")).expanduser())
+    if Path(path).is_dir() or entry.endswith("/"):
+        return _list_folder(path, key, storage)
+    if path.endswith((".txt", ".json")):
+        return [place for each in _read_list(path, key, storage) for place in _expand(each, key, storage)]
+    found = [shard for pattern in _expand_braces(path) for shard in _expand_glob(pattern, key, storage)]
     for shard in found:
-        if not shard.suffix and not shard.exists():
-            raise MissingShards([f"{key}: no such folder: {shard}"])
-        if shard.suffix != ".tar":
-            raise ValueError(f"{key}: {str(shard)!r} is no .tar; expected {FORMS} (compressed tars are not read)")
-    return found
+        if not shard.endswith(".tar"):
+            if not Path(shard).suffix:
+                raise MissingShards([f"{key}: no such folder: {masked(shard)}{' (end it by /)' if remote else ''}"])
+            raise ValueError(f"{key}: {masked(shard)!r} is no .tar; expected {FORMS} (compressed tars are not read)")
+    return [ShardPlace.beside(shard) for shard in found]
 
 
-def _refuse_remote(entry: str, key: str) -> None:
-    """Shell commands and chained addresses never run from a config or a downloaded list."""
-    for token in ("pipe:", "::", "://"):
-        if token in entry:
-            raise ValueError(f"{key}: {entry!r} contains {token!r}; only local paths are read: {FORMS}")
-
-
-def _list_folder(folder: Path, key: str) -> list[Path]:
+def _list_folder(folder: str, key: str, storage: Storage) -> list[ShardPlace]:
     """The manifest's shards where there is one, so that a lost shard is noticed; else every tar."""
-    tars = sorted(folder.glob("*.tar"))
-    manifest = read_manifest(folder)
-    if manifest is None:
+    lines = _manifest(folder, storage)
+    tars = storage.list(folder) if is_remote(folder) else sorted(str(tar) for tar in Path(folder).glob("*.tar"))
+    if lines is None:
         if not tars:
-            raise MissingShards([f"{key}: no .tar in the folder {folder}"])
-        return tars
-    stray = [tar.name for tar in tars if tar.name not in manifest]
+            raise MissingShards([f"{key}: no .tar in the folder {masked(folder)}"])
+        return [ShardPlace.beside(tar) for tar in tars]
+    stray = [tar for tar in tars if file_name(tar) not in lines]
     if stray:
-        raise ValueError(f"{key}: {folder / stray[0]} is not in manifest.json; move it away or delete manifest.json")
-    return [folder / name for name in manifest]
+        raise ValueError(f"{key}: {masked(stray[0])} is not in manifest.json; move it away or delete manifest.json")
+    for line in lines.values():
+        if line.url is not None:
+            check_location(line.url, key, listed=True)
+    return [
+        ShardPlace(line.url or join(folder, name), index_path(join(folder, name)), line) for name, line in lines.items()
+    ]
 
 
-def _read_list(path: Path, key: str) -> list[Path]:
-    if not path.is_file():
-        raise MissingShards([f"{key}: no such list of shards: {path}"])
-    text = path.read_text()
-    if path.suffix == ".txt":
+def _manifest(folder: str, storage: Storage) -> dict[str, ShardLine] | None:
+    if not is_remote(folder):
+        return manifest.read_manifest(Path(folder))
+    path = join(folder, manifest.FILE)
+    try:
+        return manifest.parse_manifest(storage.read(path), masked(path))
+    except MissingFile:
+        return None
+
+
+def _read_list(path: str, key: str, storage: Storage) -> list[str]:
+    """The entries of a list file; relative ones are relative to its folder."""
+    try:
+        text = storage.read(path).decode()
+    except (MissingFile, FileNotFoundError):
+        raise MissingShards([f"{key}: no such list of shards: {masked(path)}"]) from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{key}: the list {masked(path)} is not UTF-8") from None
+    if path.endswith(".txt"):
         entries = [line.strip() for line in text.splitlines() if line.strip()]
     else:
         entries = _parse_json_list(text, path, key)
     if not entries:
-        raise ValueError(f"{key}: the list {path} is empty")
+        raise ValueError(f"{key}: the list {masked(path)} is empty")
     for entry in entries:
-        _refuse_remote(entry, key)
-    return [path.parent / Path(entry).expanduser() for entry in entries]
+        check_location(entry, key, listed=True)
+        if entry.endswith((".txt", ".json")):
+            raise ValueError(f"{key}: {masked(path)} names another list, {masked(entry)!r}; expected tars or folders")
+    return [entry if is_remote(entry) else _relative(entry, path, key) for entry in entries]
 
 
-def _parse_json_list(text: str, path: Path, key: str) -> list[str]:
+def _relative(entry: str, path: str, key: str) -> str:
+    """An entry that is a path; a list that came from elsewhere names no file of this machine."""
+    if not is_remote(path):
+        return str(Path(path).parent / Path(entry).expanduser())
+    if entry.startswith(("/", "~")) or ".." in entry.split("/"):
+        raise ValueError(f"{key}: {entry!r} in {masked(path)} is no path below its folder, as a remote list needs")
+    return join(parent(path), entry)
+
+
+def _parse_json_list(text: str, path: str, key: str) -> list[str]:
     try:
         entries = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{key}: {path} is no JSON: {error}") from None
+        raise ValueError(f"{key}: {masked(path)} is no JSON: {error}") from None
     if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
-        raise ValueError(f"{key}: {path} must hold a JSON list of tar paths")
+        raise ValueError(f"{key}: {masked(path)} must hold a JSON list of tar paths")
     return entries
 
 
@@ -107,19 +162,23 @@ def _expand_braces(pattern: str) -> list[str]:
     return [str(path) for path in expand_urls(pattern)] if "{" in pattern else [pattern]
 
 
-def _expand_glob(pattern: str, key: str) -> list[str]:
-    if not glob.has_magic(pattern):
+def _expand_glob(pattern: str, key: str, storage: Storage) -> list[str]:
+    remote = is_remote(pattern)
+    if not glob.has_magic(pattern.partition("?")[0] if remote else pattern):  # behind ? an address has its query
         return [pattern]
-    found = sorted(glob.glob(pattern))
+    found = storage.list(pattern) if remote else sorted(glob.glob(pattern))
     if not found:
-        raise MissingShards([f"{key}: nothing matches {pattern}"])
+        raise MissingShards([f"{key}: nothing matches {masked(pattern)}"])
     return found
 
 
-def _refuse_equal_names(paths: Iterable[Path], key: str) -> None:
+def _refuse_equal_names(places: Iterable[ShardPlace], key: str) -> None:
     """A sample's id is made of its shard's file name, so two shards of one data set must not share one."""
-    seen: dict[str, Path] = {}
-    for path in paths:
-        first = seen.setdefault(path.name, path)
-        if first is not path:
-            raise ValueError(f"{key}: {first} and {path} share a file name, of which sample ids are made; rename one")
+    seen: dict[str, str] = {}
+    for place in places:
+        first = seen.setdefault(place.name, place.url)
+        if first is not place.url:
+            raise ValueError(
+                f"{key}: {masked(first)} and {masked(place.url)} share a file name, of which sample ids are made; "
+                "rename one"
+            )

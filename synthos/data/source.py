@@ -1,198 +1,225 @@
-"""A source: named shards, opened and checked, and split into what is trained on and what is held out."""
+"""Sources: named shards, opened and checked, and split into what is trained on and what is held out.
 
-from dataclasses import dataclass, field, replace
-from functools import cache
+A source is opened from the indexes of its shards. Where a manifest lists them and they hold many samples, what was
+found is kept in a table below `data.cache`, so that opening the source again reads no index at all.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from synthos.batch import Input
+from synthos.data.bad import check_faults, read_known_bad
+from synthos.data.buckets import bucket_sizes
+from synthos.data.img2dataset import failed_keys, incomplete
 from synthos.data.index import ShardIndex, open_index
-from synthos.data.manifest import fingerprint, read_manifest
-from synthos.data.reader import Sample
-from synthos.data.shards import Spec, list_shards
-from synthos.keys import hash64, sample_id
+from synthos.data.manifest import ShardLine, fingerprint
+from synthos.data.mixture import weight_schedule
+from synthos.data.overlap import Contents, contents_of, refuse_shared
+from synthos.data.selection import Rows, Selection, Selector
+from synthos.data.shards import ShardPlace, Spec, list_shards
+from synthos.data.store.files import Storage
+from synthos.data.store.location import is_remote, masked
+from synthos.keys import hash64
 from synthos.schema import DataConfig
 
-Rows = NDArray[np.int64]
+TABLE_SAMPLES = 200_000  # from which on what was found is worth keeping
+TABLE_FORMAT = 1
 
 
 @dataclass(frozen=True)
-class Shard:
-    """One shard of a source."""
-
-    path: str
-    name: str  # of the file, part of every sample's id
-    index: ShardIndex
-    columns: dict[str, Rows]  # input -> which of the index's extensions serves it, [N]
-    rows: Rows  # samples that the source uses
-
-
-@dataclass
 class Source:
     """Samples in the order of their shards; a position counts the used ones over all shards."""
 
     name: str
-    shards: list[Shard]
-    ends: Rows = field(init=False)  # position at which each shard ends
+    places: list[ShardPlace]
+    lines: list[ShardLine]
+    selection: Selection
+    rows: Rows | None = None  # used ones, where they are few; default: all but those left out
+    starts: Rows = field(init=False, compare=False)  # row at which each shard starts, and the end of the last, [S + 1]
 
     def __post_init__(self) -> None:
-        self.ends = np.cumsum(self.sizes, dtype=np.int64)
+        counts = np.array([0] + [line.samples for line in self.lines], np.int64)
+        object.__setattr__(self, "starts", counts.cumsum())
 
     def __len__(self) -> int:
-        return sum(self.sizes)
+        if self.rows is not None:
+            return len(self.rows)
+        return self.selection.num_rows - len(self.selection.left_out)
 
     @property
-    def sizes(self) -> list[int]:
-        """Used samples of each shard."""
-        return [len(shard.rows) for shard in self.shards]
+    def sizes(self) -> Rows:
+        """Used samples of each shard, [S]."""
+        if self.rows is not None:
+            return np.diff(self.rows.searchsorted(self.starts))
+        return np.diff(self.starts) - np.diff(self.selection.left_out.searchsorted(self.starts))
 
     @property
     def fingerprint(self) -> str:
         """Identity of the shards, whatever part of them is used."""
-        return fingerprint(shard.index.line(shard.name) for shard in self.shards)
+        return fingerprint(self.lines)
 
-    def ids(self, positions: Rows) -> NDArray[np.uint64]:
-        """Sample ids at `positions`, [n]."""
-        found = (self._id(*self._find(position)) for position in positions.tolist())
-        return np.fromiter(found, np.uint64, len(positions))
+    def find(self, positions: Rows) -> tuple[Rows, Rows]:
+        """The shard of each of `positions`, and the sample's row there; int64 [n] each."""
+        if self.rows is not None:
+            rows = self.rows[positions]
+        else:  # as many rows come before it as used ones do, and those left out in between
+            gaps = self.selection.left_out - np.arange(len(self.selection.left_out))
+            rows = positions + gaps.searchsorted(positions, "right")
+        shards = self.starts.searchsorted(rows, "right") - 1
+        return shards, rows - self.starts[shards]
 
-    def sample(self, position: int, epoch: int, identity: int) -> Sample:
-        """How to read the sample at `position`, whose id is `identity`."""
-        shard, row = self._find(position)
-        members = {name: shard.index.member(row, int(column[row])) for name, column in shard.columns.items()}
-        return Sample(identity, epoch, shard.path, shard.index.key(row), members)
+    def used(self, row: int) -> tuple[int, int] | None:
+        """The shard and the row there of one of all rows; None if it is not used."""
+        listed = self.selection.left_out if self.rows is None else self.rows
+        at = int(listed.searchsorted(row))
+        if (at < len(listed) and listed[at] == row) == (self.rows is None):
+            return None
+        shard = int(self.starts.searchsorted(row, "right")) - 1
+        return shard, row - int(self.starts[shard])
 
-    def split(self, fraction: float) -> tuple["Source", "Source"]:
-        """What stays and what is held out: samples whose id's hash lies in the lowest `fraction` of all hashes."""
-        stay, held = [], []
-        for shard in self.shards:
-            hashes = (hash64("holdout", self._id(shard, row)) for row in shard.rows.tolist())
-            out = np.fromiter((value < fraction * 2.0**64 for value in hashes), bool, len(shard.rows))
-            stay.append(replace(shard, rows=shard.rows[~out]))
-            held.append(replace(shard, rows=shard.rows[out]))
-        return Source(self.name, stay), Source(self.name, held)
+    def for_readers(self) -> "Source":
+        """The same without what only planning needs."""
+        return replace(self, selection=replace(self.selection, buckets=None, faults=[]))
 
-    def _id(self, shard: Shard, row: int) -> int:
-        return sample_id(self.name, shard.name, shard.index.key(row))
-
-    def _find(self, position: int) -> tuple[Shard, int]:
-        """The shard of a sample and its row there."""
-        number = int(self.ends.searchsorted(position, "right"))
-        shard = self.shards[number]
-        return shard, int(shard.rows[position - int(self.ends[number])])  # counted back from the shard's end
+    def held_out(self) -> "Source":
+        """The samples that validation uses."""
+        return Source(self.name, self.places, self.lines, self.selection, self.selection.held_out)
 
 
-def open_split(config: DataConfig, inputs: dict[str, Input]) -> tuple[Source, Source]:
-    """The training source and the held-out one, which may be empty; indexes that are missing are built.
+def open_split(
+    config: DataConfig, inputs: Mapping[str, Input], storage: Storage | None = None
+) -> tuple[list[Source], list[Source]]:
+    """The training sources, and the held-out ones, which may be empty; indexes that are missing are built.
 
-    Raises ValueError, in one message naming config key, shard and sample, for shards that are missing or damaged,
-    samples that lack an input, and samples that are in both.
+    Raises ValueError, naming config key, shard and sample, for shards that are missing or damaged, more samples that
+    can't be used than the config allows, and samples that are in both.
     """
     check_config(config)
-    training = open_source(config.name, config.shards, "data.shards", inputs)
+    storage = storage or Storage()
+    held_out: list[Source] = []
+    refused: Contents = {}
     if config.validation is not None:
-        held_out = open_source(f"{config.name}/validation", config.validation, "data.validation", inputs)
-        _refuse_shared(training, held_out, inputs)
-    else:
-        training, held_out = training.split(config.holdout_fraction)
-        if config.holdout_fraction and not len(held_out):
+        name, key = f"{config.name}/validation", "data.validation"
+        opened = open_source(config, name, config.validation, key, inputs, storage, Purpose("validation"))
+        held_out = [opened]
+        refused = contents_of(opened.places, opened.selection.left_out, inputs, storage)
+    purpose = Purpose("training", config.holdout_fraction, held_out[0].fingerprint if held_out else "", refused)
+    specs = {config.name: (config.shards, "data.shards")}
+    if config.mix is not None:
+        specs = {name: (source.shards, f"data.mix.{name}.shards") for name, source in config.mix.items()}
+    training = [open_source(config, name, *spec, inputs, storage, purpose) for name, spec in specs.items()]
+    if config.holdout_fraction:
+        held_out = [source.held_out() for source in training]
+        if not any(map(len, held_out)):
             raise ValueError(
-                f"data.holdout_fraction: {config.holdout_fraction} of {len(training)} samples holds none out; "
-                "expected more, as in 0.1, or data.validation"
+                f"data.holdout_fraction: {config.holdout_fraction} of {sum(map(len, training))} samples holds none "
+                "out; expected more, as in 0.1, or data.validation"
             )
-    if not len(training):
-        raise ValueError(f"data.shards: {config.shards} leaves no sample to train on")
+    for source, (spec, key) in zip(training, specs.values(), strict=True):
+        if not len(source):
+            raise ValueError(f"{key}: {spec} leaves no sample to train on")
     return training, held_out
 
 
-def open_source(name: str, spec: Spec, key: str, inputs: dict[str, Input]) -> Source:
-    """All samples of the shards that `spec` names, each checked to have every input; `key` is named in errors."""
-    manifest = cache(read_manifest)
-    shards = []
-    for path in map(Path, list_shards(spec, key)):
-        index = open_index(str(path))
-        expected = (manifest(path.parent) or {}).get(path.name, index.line(path.name))
-        if expected != index.line(path.name):
-            raise ValueError(
-                f"{key}: {path} has {len(index)} samples in {index.bytes} bytes, manifest.json says "
-                f"{expected.samples} in {expected.bytes}, or of other content: the shard was changed; restore it"
-            )
-        columns = {name: _choose(f"{key}: {path}", index, name, item) for name, item in inputs.items()}
-        shards.append(Shard(str(path), path.name, index, columns, np.arange(len(index))))
-    return Source(name, shards)
+@dataclass(frozen=True)
+class Purpose:
+    """What a source is opened for."""
+
+    name: str
+    holdout_fraction: float = 0.0
+    validation: str = ""  # fingerprint of the shards that are validated on
+    refused: Contents = field(default_factory=dict)  # of validation
+
+
+def open_source(
+    config: DataConfig,
+    name: str,
+    spec: Spec,
+    key: str,
+    inputs: Mapping[str, Input],
+    storage: Storage,
+    purpose: Purpose,
+) -> Source:
+    """The samples of the shards that `spec` names that have every input; `key` is named in errors."""
+    places = list_shards(spec, key, storage)
+    cut = incomplete(place.url for place in places if not is_remote(place.url))
+    if cut:
+        raise ValueError(f"{key}: {cut[0]} has no _stats.json as its neighbours have: img2dataset did not finish it")
+    lines = [place.line for place in places if place.line is not None]
+    table = None
+    if config.cache and len(lines) == len(places) and sum(line.samples for line in lines) >= TABLE_SAMPLES:
+        table = Path(config.cache) / "tables" / f"{_table_key(config, name, lines, inputs, purpose)}.npz"
+        if table.is_file():
+            return Source(name, places, lines, Selection.load(table))
+    known = read_known_bad(config.known_bad, name)
+    fraction = purpose.holdout_fraction
+    selector = Selector(
+        name,
+        inputs,
+        (lambda identity: hash64("holdout", identity) < fraction * 2.0**64) if fraction else None,
+        bucket_sizes(config) if config.buckets and purpose.name == "training" else None,
+    )
+    lines = []
+    for place in places:
+        index = open_index(place, storage)
+        lines.append(_check_line(place, index, key))
+        rows = selector.add(place.name, index, known.get(place.name, set()) | failed_keys(place.url))
+        refuse_shared(place, index, rows, inputs, purpose.refused)
+    selection = selector.result()
+    check_faults(config, key, selection, places)
+    if table is not None:
+        selection.save(table)
+    return Source(name, places, lines, selection)
 
 
 def check_config(config: DataConfig) -> None:
-    """Raise ValueError for impossible numbers, and where held-out samples are asked for in two ways."""
-    for name, least in {"height": 1, "width": 1, "window": 1, "workers": 0}.items():
+    """Raise ValueError for impossible numbers, and where samples are asked for in two ways."""
+    for name, least in {"height": 1, "width": 1, "window": 1, "workers": 0, "max_bad_per_shard": 0}.items():
         if getattr(config, name) < least:
             raise ValueError(f"data.{name}: {getattr(config, name)} is not allowed; at least {least}")
-    if not 0 <= config.holdout_fraction < 1:
-        raise ValueError(f"data.holdout_fraction: {config.holdout_fraction} is not allowed; at least 0 and below 1")
+    for name in ("holdout_fraction", "max_bad_fraction"):
+        if not 0 <= getattr(config, name) < 1:
+            raise ValueError(f"data.{name}: {getattr(config, name)} is not allowed; at least 0 and below 1")
     if config.validation is not None and config.holdout_fraction:
         raise ValueError(
             f"data.holdout_fraction: {config.holdout_fraction} would be ignored, for data.validation names shards; "
             "set data.holdout_fraction=0 or data.validation=null"
         )
+    if config.mix is not None and config.shards is not None:
+        raise ValueError("data.shards: would be ignored, for data.mix names sources; set one of them to null")
+    if config.mix is not None and not config.mix:
+        raise ValueError("data.mix: names no source; expected {name: {shards: ..., weight: ...}}, or null")
+    weight_schedule(config.mix, [1] * len(config.mix or [1]))
+    bucket_sizes(config)
 
 
-def _choose(where: str, index: ShardIndex, name: str, item: Input) -> Rows:
-    """The column of the first extension that serves the input, for each sample [N]."""
-    chosen = np.full(len(index), -1, np.int64)
-    for extension in reversed(item.extensions):
-        if extension in index.extensions:
-            column = index.extensions.index(extension)
-            chosen[index.members["size"][:, column] >= 0] = column
-    readable = index.members["width" if item.kind == "image" else "chars"] > 0
-    lacking = np.flatnonzero(chosen < 0)
-    if len(lacking):
-        raise ValueError(f"{where}: {_lacking(index, int(lacking[0]), name, item)}{_more(lacking)}")
-    unreadable = np.flatnonzero(~readable[np.arange(len(index)), chosen])
-    if len(unreadable):
-        fault = "unreadable or larger than 64 megapixels" if item.kind == "image" else "empty or not UTF-8"
-        key = index.key(int(unreadable[0]))
-        raise ValueError(f"{where}: sample {key!r}: its {name} is {fault}{_more(unreadable)}")
-    return chosen
+def _check_line(place: ShardPlace, index: ShardIndex, key: str) -> ShardLine:
+    line = index.line(place.name)
+    expected = place.line
+    if expected is not None and (expected.bytes, expected.samples, expected.checksum) != (
+        line.bytes,
+        line.samples,
+        line.checksum,
+    ):
+        raise ValueError(
+            f"{key}: {masked(place.url)} has {line.samples} samples in {line.bytes} bytes, manifest.json says "
+            f"{expected.samples} in {expected.bytes}, or of other content: the shard was changed; restore it"
+        )
+    return line
 
 
-def _lacking(index: ShardIndex, row: int, name: str, item: Input) -> str:
-    """That a sample has none of an input's extensions, and which it has."""
-    what = "an image" if item.kind == "image" else "a caption"
-    has = ", ".join(e for e, m in zip(index.extensions, index.members[row], strict=True) if m["size"] >= 0)
-    needed = " or ".join(item.extensions)
-    return f"sample {index.key(row)!r} is without {what}: {name} needs a member {needed}, it has {has}"
-
-
-def _more(rows: Rows) -> str:
-    """How many samples beyond the one that is named have its fault."""
-    return f"; {len(rows) - 1} more of this shard's samples have the same fault" if len(rows) > 1 else ""
-
-
-def _refuse_shared(training: Source, held_out: Source, inputs: dict[str, Input]) -> None:
-    """A sample is the same where its pictures are: shard, key and caption may differ.
-
-    Where no pictures are read, a sample is the same where all that is read is.
-    """
-    names = [name for name, item in inputs.items() if item.kind == "image"] or list(inputs)
-    wanted: dict[tuple[int, ...], str] = {}  # content -> key
-    for shard in held_out.shards:
-        for row, content in zip(shard.rows.tolist(), _contents(shard, names).tolist(), strict=True):
-            wanted[tuple(content)] = shard.index.key(row)
-    likely = np.array([content[0] for content in wanted], np.int64)  # so that few samples are looked at one by one
-    for shard in training.shards:
-        contents = _contents(shard, names)
-        for number in np.flatnonzero(np.isin(contents[:, 0], likely)):
-            key = wanted.get(tuple(contents[number].tolist()))
-            if key is not None:
-                other = shard.index.key(int(shard.rows[number]))
-                raise ValueError(
-                    f"data.validation: sample {key!r} is also in data.shards, as sample {other!r} of {shard.path}"
-                )
-
-
-def _contents(shard: Shard, names: list[str]) -> Rows:
-    """Size and CRC-32, in one number, of what the used samples have for each of the inputs `names`, [n, inputs]."""
-    found = [shard.index.members[shard.rows, shard.columns[name][shard.rows]] for name in names]
-    return np.stack([(m["size"].astype(np.int64) << 32) | m["checksum"] for m in found], axis=1)
+def _table_key(
+    config: DataConfig, name: str, lines: list[ShardLine], inputs: Mapping[str, Input], purpose: Purpose
+) -> str:
+    """All that a selection depends on."""
+    known = Path(config.known_bad).read_text() if config.known_bad else ""
+    sizes = bucket_sizes(config) if config.buckets and purpose.name == "training" else []
+    asked = {n: asdict(item) for n, item in inputs.items()}
+    parts = [TABLE_FORMAT, name, fingerprint(lines), asked, purpose.name, purpose.holdout_fraction, purpose.validation]
+    limits = [config.max_bad_fraction, config.max_bad_per_shard]
+    return hashlib.blake2b(json.dumps([*parts, known, sizes, limits]).encode(), digest_size=16).hexdigest()

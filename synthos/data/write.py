@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from synthos.data.decode import FORMATS, decode_image, image_size, open_image
-from synthos.data.index import build_index, index_path, save_index
+from synthos.data.index import build_index, save_index
 from synthos.data.manifest import ShardLine, fingerprint, write_manifest
+from synthos.data.shards import index_path
 
 MAX_SHARD_SIZE = 10_000  # a key is nine digits: shard * 10,000 + row
 SKIPPED = "skipped.jsonl"
@@ -118,5 +119,5 @@ def _write_shard(folder: Path, number: int, samples: Iterable[dict[str, Any]]) -
             facts = json.dumps({**sample["json"], "key": key}, sort_keys=True, ensure_ascii=False)
             tar.write({**sample, "__key__": key, "json": facts.encode()})
     index = build_index(path)
-    save_index(index_path(path), index)
+    save_index(Path(index_path(str(path))), index)
     return index.line(path.name)

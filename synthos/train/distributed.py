@@ -6,7 +6,7 @@ import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from synthos.schema import GenerateConfig, RunConfig
 from synthos.train.memory import Layout, Mode, choose_layout, repeated_blocks, sizes_of
 
 Mesh = DeviceMesh
+T = TypeVar("T")
 
 
 @dataclass
@@ -43,6 +44,12 @@ class World:
         """All-reduce a CPU tensor in place over every rank."""
         dist.all_reduce(values, op=op, group=self.cpu_group)
         return values
+
+    def collect(self, value: T) -> list[T]:
+        """Every rank's value, by rank, on every rank."""
+        found: list[T] = [value] * self.size
+        dist.all_gather_object(found, value, group=self.cpu_group)
+        return found
 
     def barrier(self) -> None:
         self.reduce(torch.zeros(1))

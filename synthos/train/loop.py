@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from synthos.batch import Batch, Features
+from synthos.batch import Batch, Fault, Features
 from synthos.keys import KeyedDraws
 from synthos.recipes.base import Loss, Recipe
 from synthos.schema import RunConfig
@@ -21,6 +21,7 @@ from synthos.train.report import Report
 from synthos.train.state import TrainState
 from synthos.train.stop import Stop
 from synthos.train.validate import Validator, encode_all
+from synthos.train.waiting import waits
 
 T_BINS = 4  # of train/loss_by_t
 
@@ -31,6 +32,8 @@ class Stream(Protocol):
     def next(self) -> Batch: ...
 
     def digest(self) -> str: ...
+
+    def count(self, faults: Sequence[Fault]) -> None: ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -90,12 +93,16 @@ def update(job: Job) -> dict[str, float | str]:
     waited = time.perf_counter() - started
     micro_batches = batch.split(config.batch.micro)
     meter = Meter()
+    moved = 0.0
     for index, micro in enumerate(micro_batches):
         _sync_gradients(recipe, last=index == len(micro_batches) - 1)
-        features = encode_all(recipe, micro.to(job.world.device))
+        moving = time.perf_counter()
+        micro = micro.to(job.world.device)
+        moved += time.perf_counter() - moving
+        features = encode_all(recipe, micro)
         loss = recipe.loss(features, job.null, KeyedDraws(config.seed, micro.ids, micro.epochs, job.world.device))
-        (loss.per_sample.mean() / len(micro_batches)).backward()  # type: ignore[no-untyped-call]
-        meter.add(loss)
+        (loss.per_sample * micro.weights).mean().div(len(micro_batches)).backward()  # type: ignore[no-untyped-call]
+        meter.add(loss, micro.weights)
     norms, norm = clip_gradients(state.groups, config.optim.clip)
     metrics: dict[str, float | str] = dict(meter.reduce(job.world))
     _check_finite(metrics["train/loss"], norm, state.step, job.stream.digest())
@@ -106,14 +113,24 @@ def update(job: Job) -> dict[str, float | str]:
         state.ema.update(state.step)
     state.images_seen += config.batch.size
     assert not any(m.training for part in (recipe.encoders, recipe.frozen) for m in part.modules() if m is not part)
-    job.report.trace(state.step, batch.ids)
+    job.report.trace(state.step, batch)
+    metrics["data/bad"] = _quarantine(job, batch)
     metrics |= {f"train/lr/{name}": rate for name, rate in rates.items()}
     metrics |= {f"train/grad_norm/{name}": value for name, value in norms.items()}
     seconds = time.perf_counter() - started
     metrics |= {"train/grad_norm": norm, "train/samples_per_s": config.batch.size / seconds}
     metrics |= {"train/mem_gb": peak_memory(job.world.device) / 1e9}
-    metrics |= {"data/wait_s": waited, "data/wait": waited / seconds, "data/digest": job.stream.digest()}
-    return metrics
+    return metrics | waits(waited, moved, seconds, batch.seconds) | {"data/digest": job.stream.digest()}
+
+
+def _quarantine(job: Job, batch: Batch) -> int:
+    """How many bad samples every rank met; those are written down, and end the run on every rank if too many."""
+    met = int(job.world.reduce(torch.tensor(len(batch.faults))))
+    if met:
+        faults = job.world.collect(batch.faults)
+        job.report.quarantine(job.state.step, faults)
+        job.stream.count([fault for own in faults for fault in own])
+    return met
 
 
 class Meter:
@@ -122,14 +139,15 @@ class Meter:
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
 
-    def add(self, loss: Loss) -> None:
-        """Take in one micro-batch; values stay on the device."""
+    def add(self, loss: Loss, weights: Tensor) -> None:
+        """Take in one micro-batch; values stay on the device. A sample of weight 0 counts nothing."""
+        real = (weights > 0).to(loss.t)
         bins = (loss.t.detach() * T_BINS).long().clamp(max=T_BINS - 1)
         columns = {"train/loss": loss.per_sample, "train/sigma_mean": loss.t}
         columns |= {f"train/loss_{name}": value for name, value in loss.parts.items()}
-        self._sum({name: value.detach() for name, value in columns.items()}, torch.ones_like(loss.t))
+        self._sum({name: value.detach() for name, value in columns.items()}, real)
         for index in range(T_BINS):
-            self._sum({f"train/loss_by_t/{index}": loss.per_sample.detach()}, (bins == index).to(loss.t))
+            self._sum({f"train/loss_by_t/{index}": loss.per_sample.detach()}, (bins == index).to(loss.t) * real)
 
     def reduce(self, world: World) -> dict[str, float]:
         """Means over every sample of every rank; a bin without samples is left out. Collective."""

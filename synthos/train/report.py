@@ -6,13 +6,14 @@ import os
 import sys
 import time
 import uuid
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
 from rich.console import Console
-from torch import Tensor
 
+from synthos.batch import Batch, Fault
 from synthos.schema import RunConfig
 from synthos.strict import dump
 from synthos.train.distributed import World
@@ -20,7 +21,10 @@ from synthos.train.pictures import card, to_image
 from synthos.train.progress import Beat, ProgressLine, write_heartbeat
 from synthos.train.validate import Validation
 
-TRACE = np.dtype([("step", "<u8"), ("id", "<u8")])  # one row per consumed sample, in data/trace-rank-*.bin
+# One row per consumed sample, in data/trace-rank-*.bin: its id, and whether it only filled up its batch or stood for a
+# bad sample (which data/quarantine.jsonl names).
+TRACE = np.dtype([("step", "<u8"), ("id", "<u8"), ("epoch", "<u4"), ("kind", "<u4")])
+USUAL, PADDING, SUBSTITUTE = range(3)
 
 
 class Report:
@@ -49,7 +53,7 @@ class Report:
         self.trace_file = self._trace_path(self.world.rank).open("ab", buffering=0)
         if not self.world.is_main:
             return
-        self._cut_metrics(step, validation_due)
+        self._cut_lines(step, validation_due)
         self.metrics_file = (self.folder / "metrics.jsonl").open("a", buffering=1)
         self._open_wandb()
         self._log({"attempt": self.attempt, "attempt/restart_step": step}, step)
@@ -87,11 +91,23 @@ class Report:
         if "val/loss" in validation.losses:
             self._say(f"step {step}: validation loss {validation.losses['val/loss']:.4f}")
 
-    def trace(self, step: int, ids: Tensor) -> None:
-        """Append this rank's consumed sample ids."""
-        rows = np.empty(len(ids), TRACE)
-        rows["step"], rows["id"] = step, ids.numpy().view(np.uint64)
+    def trace(self, step: int, batch: Batch) -> None:
+        """Append this rank's consumed samples."""
+        rows = np.empty(len(batch), TRACE)
+        rows["step"], rows["id"], rows["epoch"] = step, batch.ids.numpy().view(np.uint64), batch.epochs.numpy()
+        rows["kind"] = np.where(batch.replaced.numpy(), SUBSTITUTE, USUAL)
+        rows["kind"][batch.weights.numpy() == 0] = PADDING
         self.trace_file.write(rows.tobytes())
+
+    def quarantine(self, step: int, faults: list[list[Fault]]) -> None:
+        """Write down the bad samples that each rank met at a step."""
+        if not self.world.is_main:
+            return
+        with self._quarantine_path.open("a") as file:
+            for rank, own in enumerate(faults):
+                for fault in own:
+                    file.write(json.dumps({"step": step, "rank": rank, **asdict(fault)}) + "\n")
+                    self._say(f"step {step}: bad sample {fault.source}/{fault.shard} {fault.key!r} {fault.error}")
 
     def close(self, verdict: dict[str, Any]) -> None:
         """Close everything; the verdict ends the W&B run's summary."""
@@ -119,14 +135,18 @@ class Report:
                 rows = np.fromfile(path, TRACE, count=whole)  # a kill may have cut the last row
                 _write_whole(path, rows[rows["step"] <= step].tobytes())
 
-    def _cut_metrics(self, step: int, validation_due: bool) -> None:
-        path = self.folder / "metrics.jsonl"
-        if not path.exists():
-            return
-        kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
-        if validation_due:
-            kept = [line for line in kept if _step_of(line) < step or '"val/' not in line]
-        _write_whole(path, "".join(f"{line}\n" for line in kept).encode())
+    @property
+    def _quarantine_path(self) -> Path:
+        return self.folder / "data" / "quarantine.jsonl"
+
+    def _cut_lines(self, step: int, validation_due: bool) -> None:
+        """Forget what was logged of later steps, and the validation of this one if it is due (again)."""
+        for path in (self.folder / "metrics.jsonl", self._quarantine_path):
+            if path.exists():
+                kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+                if validation_due:
+                    kept = [line for line in kept if _step_of(line) < step or '"val/' not in line]
+                _write_whole(path, "".join(f"{line}\n" for line in kept).encode())
 
     def _log(self, metrics: dict[str, Any], step: int) -> None:
         self.metrics_file.write(json.dumps({"step": step, **metrics}) + "\n")

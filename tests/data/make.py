@@ -57,5 +57,7 @@ def data_set(folder: Path, samples: int, shard_size: int, first: int = 0) -> Pat
 
 def config(shards: Any, **changes: Any) -> DataConfig:
     values: dict[str, Any] = {"name": "set", "validation": None, "holdout_fraction": 0.0, "height": 8, "width": 8}
-    values |= {"window": 2, "lanes": None, "workers": 0, "prepare": None, **changes}
+    values |= {"mix": None, "buckets": None, "window": 2, "lanes": None, "tail": "carry", "workers": 0}
+    values |= {"read": "auto", "cache": None, "cache_gb": None, "known_bad": None}
+    values |= {"max_bad_fraction": 0.001, "max_bad_per_shard": 20, "prepare": None, **changes}
     return DataConfig(shards=shards if isinstance(shards, list) or shards is None else str(shards), **values)

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from synthos.data.index import build_index, index_path, load_index, open_index
+from synthos.data.index import build_index, load_index, open_index
+from synthos.data.shards import ShardPlace, index_path
 from synthos.data.tar import split_name
 from tests.data.make import pairs, picture, tar
 
@@ -41,11 +42,11 @@ def test_members_lie_where_the_index_says(tmp_path: Path) -> None:
 
 def test_it_is_written_once_and_read_back(tmp_path: Path) -> None:
     path = tar(tmp_path / "0.tar", pairs(["a", "b"]))
-    built = open_index(str(path))
-    written = index_path(path).read_bytes()
+    built = open_index(ShardPlace.beside(str(path)))
+    written = Path(index_path(str(path))).read_bytes()
     assert [file.name for file in sorted(tmp_path.iterdir())] == ["0.idx.npz", "0.tar"]
-    read = open_index(str(path))
-    assert index_path(path).read_bytes() == written
+    read = open_index(ShardPlace.beside(str(path)))
+    assert Path(index_path(str(path))).read_bytes() == written
     np.testing.assert_array_equal(read.members, built.members)
     assert read.line("0.tar") == built.line("0.tar") and read.extensions == built.extensions
     assert [read.key(0), read.key(1)] == ["a", "b"]
@@ -53,20 +54,20 @@ def test_it_is_written_once_and_read_back(tmp_path: Path) -> None:
 
 def test_a_shard_that_contradicts_its_index_is_an_error(tmp_path: Path) -> None:
     path = tar(tmp_path / "0.tar", pairs(["a", "b"]))
-    open_index(str(path))
+    open_index(ShardPlace.beside(str(path)))
     with path.open("ab") as file:
         file.write(bytes(512))
     with pytest.raises(ValueError, match=r"0\.tar has \d+ bytes, its index says \d+"):
-        open_index(str(path))
+        open_index(ShardPlace.beside(str(path)))
 
 
 @pytest.mark.parametrize("kept", [0, 10, 200, -1])
 def test_a_damaged_index_is_an_error(tmp_path: Path, kept: int) -> None:
     path = tar(tmp_path / "0.tar", pairs(["a", "b"]))
-    open_index(str(path))
-    index_path(path).write_bytes(index_path(path).read_bytes()[:kept])
+    open_index(ShardPlace.beside(str(path)))
+    Path(index_path(str(path))).write_bytes(Path(index_path(str(path))).read_bytes()[:kept])
     with pytest.raises(ValueError, match=r"0\.idx\.npz is damaged"):
-        load_index(index_path(path))
+        load_index(Path(index_path(str(path))))
 
 
 def test_an_index_with_objects_is_refused(tmp_path: Path) -> None:

@@ -1,128 +1,209 @@
-"""The order of samples, against plain loops that follow its definition."""
+"""The plan of batches, of mixtures, buckets and tails together, against a simulation that moves samples one by one."""
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
 
-from synthos.data.plan import Plan, default_lanes
-from synthos.keys import hash64
+from synthos.data.mixture import Mixture
+from synthos.data.order import Order
+from synthos.data.plan import Planned, Planner, Position
+from tests.data.test_order import reference
 
-GOLDEN = [0, 2, 9, 11, 14, 15, 21, 20, 3, 4, 10, 8, 17, 12, 18, 22, 1, 5, 7, 6, 16, 13, 19, 23]
-GOLDEN += [4, 2, 11, 10, 23, 13, 18, 16]
-
-
-def reference(sizes: list[int], seed: int, name: str, lanes: int, window: int, count: int) -> list[tuple[int, int]]:
-    """(epoch, position) of the run's first `count` samples by number, dealt to queues one by one."""
-
-    def shuffle(items: list, *key: int | str) -> list:
-        raw = np.random.Philox(key=hash64(seed, name, *key)).random_raw(len(items))
-        return [items[i] for i in sorted(range(len(items)), key=lambda i: raw[i])]
-
-    total, number, epoch = sum(sizes), 0, 0
-    queues: list[list[tuple[int, int]]] = [[] for _ in range(lanes)]
-    while number < count + total:
-        first = np.cumsum([0, *sizes])
-        shards = [[(s, int(first[s]) + i) for i in range(size)] for s, size in enumerate(sizes) if size]
-        line = [sample for shard in shuffle(shards, "shards", epoch) for sample in shard]
-        shares = [len([q for q in range(number, number + total) if q % lanes == lane]) for lane in range(lanes)]
-        for lane, share in enumerate(shares):
-            part, line = line[:share], line[share:]
-            for index, group in enumerate(windows(part, window)):
-                queues[lane] += [(epoch, position) for _, position in shuffle(group, "window", epoch, lane, index)]
-        number, epoch = number + total, epoch + 1
-    return [queues[q % lanes][q // lanes] for q in range(count)]
+Row = tuple[int, int, int, bool]  # source, epoch, position, real
 
 
-def windows(part: list[tuple[int, int]], size: int) -> list[list[tuple[int, int]]]:
-    """`part` cut after every `size` shards."""
-    order = list(dict.fromkeys(shard for shard, _ in part))
-    groups = [order[i : i + size] for i in range(0, len(order), size)]
-    return [[sample for sample in part if sample[0] in group] for group in groups]
+@dataclass
+class Case:
+    """A random plan."""
+
+    sizes: list[list[int]]  # of the shards of each source
+    schedule: dict[int, list[float]]
+    buckets: list[np.ndarray] | None
+    num_buckets: int
+    batch: int
+    lanes: int
+    window: int
+    tail: Any
+
+    def planner(self) -> Planner:
+        orders = [Order(sizes, 7, f"set {i}", self.lanes, self.window) for i, sizes in enumerate(self.sizes)]
+        return Planner(
+            orders,
+            Mixture(self.schedule),
+            batch_size=self.batch,
+            buckets=self.buckets,
+            num_buckets=self.num_buckets,
+            tail=self.tail,
+        )
 
 
-def cases(count: int) -> list[tuple[list[int], int, int, int]]:
-    """Random (sizes, batch, lanes, window), with empty, single and giant shards."""
-    rng, found = np.random.default_rng(1), []
-    for _ in range(count):
-        sizes = [
-            int(rng.choice([0, 1, rng.integers(2, 9), 60], p=[0.2, 0.3, 0.45, 0.05]))
-            for _ in range(rng.integers(1, 12))
+def case(seed: int) -> Case:
+    """Shards that are empty, single and giant; one to four sources; every tail."""
+    rng = np.random.default_rng(seed)
+    sources, num_buckets = int(rng.integers(1, 5)), int(rng.choice([1, 1, 2, 5]))
+    sizes = [
+        [
+            1,
+            *(
+                int(rng.choice([0, 1, rng.integers(2, 9), 60], p=[0.2, 0.3, 0.45, 0.05]))
+                for _ in range(rng.integers(1, 9))
+            ),
         ]
-        batch = int(rng.integers(1, 25))
-        lanes = int(rng.choice([k for k in range(1, batch + 1) if batch % k == 0]))
-        found.append(([1, *sizes], batch, lanes, int(rng.integers(1, 5))))
-    return found
+        for _ in range(sources)
+    ]
+    total = sum(map(sum, sizes))
+    batch = int(rng.integers(1, min(24, total) + 1))
+    lanes = int(rng.choice([k for k in range(1, batch + 1) if batch % k == 0]))
+    schedule = {step: [float(w) for w in rng.uniform(0.01, 1, sources)] for step in {0, int(rng.integers(1, 300))}}
+    buckets = [rng.integers(0, num_buckets, sum(s)).astype(np.uint8) for s in sizes] if num_buckets > 1 else None
+    tail = "carry" if num_buckets > 1 and rng.random() < 0.3 else rng.choice(["carry", "drop", "pad"])
+    return Case(sizes, schedule, buckets, num_buckets, batch, lanes, int(rng.integers(1, 5)), str(tail))
 
 
-@pytest.mark.parametrize("sizes, batch, lanes, window", cases(40))
-def test_equals_plain_loops(sizes: list[int], batch: int, lanes: int, window: int) -> None:
-    plan = Plan(sizes, 3, "set", batch, lanes, window)
-    steps = 3 * sum(sizes) // batch + 2
-    expected = reference(sizes, 3, "set", lanes, window, steps * batch)
-    for t in range(steps):
-        numbers = np.arange(t * batch, (t + 1) * batch).reshape(-1, lanes).T.ravel()  # lane after lane
-        epochs, positions = plan.batch(t)
-        assert [*zip(epochs.tolist(), positions.tolist(), strict=True)] == [expected[q] for q in numbers]
+def rows(planned: Planned) -> list[Row]:
+    columns = (planned.sources, planned.epochs, planned.positions, planned.real)
+    return [*zip(*(column.tolist() for column in columns), strict=True)]
 
 
-@pytest.mark.parametrize("sizes, batch, lanes, window", cases(25))
-def test_every_epoch_is_a_permutation_and_begins_where_the_last_one_ends(
-    sizes: list[int], batch: int, lanes: int, window: int
-) -> None:
-    plan, total = Plan(sizes, 5, "set", batch, lanes, window), sum(sizes)
-    seen: dict[int, list[int]] = {}
-    for t in range(4 * total // batch + 1):
-        epochs, positions = plan.batch(t)
-        assert sorted(epochs.tolist()) == [q // total for q in range(t * batch, (t + 1) * batch)]
-        for epoch, position in zip(epochs.tolist(), positions.tolist(), strict=True):
-            seen.setdefault(epoch, []).append(position)
-    for epoch in range(4):
-        assert sorted(seen[epoch]) == list(range(total))
+def simulate(case: Case, steps: int) -> list[list[Row]]:
+    """The first batches, by lists."""
+    epoch = sum(map(sum, case.sizes))
+    mixture, count = Mixture(case.schedule), [0] * len(case.sizes)
+    enough = steps * case.batch + (steps + 2) * epoch  # what `drop` may throw away, too
+    orders = [reference(s, 7, f"set {i}", case.lanes, case.window, enough) for i, s in enumerate(case.sizes)]
+    queues: list[list[tuple[int, int, int, int, int]]] = [[] for _ in range(case.num_buckets)]
+    batches: list[list[Row]] = []
+
+    def emit(queue: list[tuple[int, int, int, int, int]]) -> None:
+        taken = sorted(queue[: case.batch], key=lambda item: item[2] % case.lanes)
+        del queue[: case.batch]
+        filled = [taken[i % len(taken)] for i in range(case.batch)]
+        batches.append([(s, e, p, i < len(taken)) for i, (_, s, _, e, p) in enumerate(filled)])
+
+    slot = 0
+    while len(batches) < steps:
+        for _ in range(case.batch if case.tail == "carry" else min(case.batch, epoch - slot % epoch)):
+            source = next(s for s in range(len(count)) if mixture.counts(slot + 1)[s] > mixture.counts(slot)[s])
+            number, count[source] = count[source], count[source] + 1
+            at, position = orders[source][number]
+            bucket = int(case.buckets[source][position]) if case.buckets else 0
+            queues[bucket].append((slot, source, number, at, position))
+            slot += 1
+        while full := [queue for queue in queues if len(queue) >= case.batch]:
+            emit(min(full, key=lambda queue: queue[case.batch - 1][0]))
+        if case.tail != "carry" and slot % epoch == 0:
+            while case.tail == "pad" and (waiting := [queue for queue in queues if queue]):
+                emit(min(waiting, key=lambda queue: queue[0][0]))
+            for queue in queues:
+                queue.clear()
+    return batches[:steps]
 
 
-def test_any_batch_needs_none_before_it() -> None:
-    sizes = [7, 0, 30, 1, 12]
-    going = Plan(sizes, 0, "set", 6)
-    batches = [going.batch(t) for t in range(60)]
-    for t in np.random.default_rng(0).permutation(60).tolist():
-        np.testing.assert_array_equal(going.batch(t), batches[t])
-        np.testing.assert_array_equal(Plan(sizes, 0, "set", 6).batch(t), batches[t])
+@pytest.mark.parametrize("seed", range(40))
+def test_equals_a_simulation_and_survives_stops(seed: int) -> None:
+    one = case(seed)
+    try:
+        straight = [rows(one.planner().next())]
+    except (RuntimeError, ValueError) as error:  # buckets that never fill
+        assert one.tail == "drop" and "data.tail: drop" in str(error)
+        return
+    steps, rng = 30, np.random.default_rng(seed + 1000)
+    expected = simulate(one, steps)
+    planner, found = one.planner(), []
+    stops = set(rng.integers(0, steps, 6).tolist())
+    for step in range(steps):
+        if step in stops:  # planning goes on in a process that knows nothing else
+            position = Position.from_json(json.loads(json.dumps(planner.position().as_json())))
+            planner = one.planner()
+            planner.go_to(position)
+            assert planner.position().as_json() == position.as_json()
+        found.append(rows(planner.next()))
+    assert found == expected and straight == expected[:1]
 
 
-def test_golden_order() -> None:
-    """Changing this changes every run: it is a breaking change."""
-    plan = Plan([5, 1, 0, 9, 6, 3], seed=11, fingerprint="golden", batch_size=8, lanes=4, window=2)
-    epochs, positions = np.concatenate([plan.batch(t) for t in range(4)], axis=1)
-    assert positions.tolist() == GOLDEN
-    assert epochs.tolist() == [0] * 24 + [1] * 8
+@pytest.mark.parametrize("seed", range(40, 70))
+def test_nothing_is_lost_or_repeated(seed: int) -> None:
+    """Batches and what waits are what was drawn, and every epoch of a source is a permutation."""
+    one = case(seed)
+    planner, used = one.planner(), Counter[tuple[int, int, int]]()
+    try:
+        for _ in range(60):
+            used.update((s, e, p) for s, e, p, real in rows(planner.next()) if real)
+    except RuntimeError as error:
+        assert one.tail == "drop" and "a whole epoch" in str(error)
+        return
+    assert set(used.values()) == {1}
+    counts = planner.mixture.counts(planner.drawn)
+    for source, count in enumerate(counts):
+        size = planner.orders[source].num_samples
+        epochs, positions = planner.orders[source].places(np.arange(count))
+        drawn = {*zip(epochs.tolist(), positions.tolist(), strict=True)}
+        assert len(drawn) == count
+        assert all(sum(e == epoch for e, _ in drawn) == size for epoch in range(count // size))
+        waiting = {(int(e), int(p)) for q in planner.queues for s, e, p in q[[1, 3, 4]].T.tolist() if s == source}
+        taken = {(e, p) for s, e, p in used if s == source}
+        assert taken <= drawn and not taken & waiting
+        if one.tail != "drop":
+            assert taken | waiting == drawn
 
 
-def test_order_depends_on_seed_and_data_and_epoch() -> None:
-    orders = {tuple(Plan([50], seed, name, 50, 1).batch(t)[1]) for seed in (0, 1) for name in "ab" for t in (0, 1)}
-    assert len(orders) == 8
+@pytest.mark.parametrize("seed", range(70, 90))
+def test_any_ranks_and_micro_batches_share_a_batch(seed: int) -> None:
+    one = case(seed)
+    divisors = [w for w in range(1, one.batch + 1) if one.batch % w == 0]
+    try:
+        batch = rows(one.planner().next())
+    except (RuntimeError, ValueError):
+        assert one.tail == "drop"
+        return
+    for world in divisors:
+        share = one.batch // world
+        dealt = [rows(one.planner().next())[rank * share : (rank + 1) * share] for rank in range(world)]
+        assert [row for part in dealt for row in part] == batch
 
 
-def test_windows_mix_as_many_shards_as_asked() -> None:
-    for window, least in ((1, 1.0), (8, 7.5), (16, 14.5)):
-        plan = Plan([1000] * 200, 0, "set", 64, lanes=1, window=window)
-        distinct = [len(set((plan.batch(t)[1] // 1000).tolist())) for t in range(0, 2000, 100)]
-        assert least <= np.mean(distinct) <= window + 0.5
+def test_a_tail_is_dropped_or_filled_up() -> None:
+    def plan(tail: Any, steps: int) -> list[list[Row]]:
+        one = Planner([Order([7, 3], 0, "set", 2, 4)], Mixture({0: [1.0]}), batch_size=4, tail=tail)
+        return [rows(one.next()) for _ in range(steps)]
+
+    dropped, padded = plan("drop", 4), plan("pad", 6)
+    assert [{e for _, e, _, _ in batch} for batch in dropped] == [
+        {0},
+        {0},
+        {1},
+        {1},
+    ]  # the epoch's last two are left out
+    assert [sum(real for *_, real in batch) for batch in padded] == [4, 4, 2, 4, 4, 2]
+    for epoch in (0, 1):
+        kept = [p for batch in padded for _, e, p, real in batch if real and e == epoch]
+        assert sorted(kept) == list(range(10))
+    fill = [row for row in padded[2] if not row[3]]
+    assert {row[:3] for row in fill} <= {row[:3] for row in padded[2] if row[3]}
 
 
-def test_the_middle_of_a_huge_data_set_is_near() -> None:
-    plan = Plan([10_000] * 20_000, 0, "set", 256)
-    epochs, positions = plan.batch(10**6)
-    assert set(epochs.tolist()) == {1} and len(set(positions.tolist())) == 256
-    held = sum(run.positions.nbytes for run in plan._latest)
-    assert held < 0.1 * 8 * plan.num_samples
+def test_buckets_share_a_shape_and_starving_ones_wait() -> None:
+    buckets = np.array([0] * 30 + [1] * 3, np.uint8)
+    one = Planner([Order([33], 0, "set", 4, 4)], Mixture({0: [1.0]}), batch_size=4, buckets=[buckets], num_buckets=2)
+    batches = [one.next() for _ in range(40)]
+    assert all(set(buckets[b.positions].tolist()) == {b.bucket} for b in batches)
+    assert {b.bucket for b in batches} == {0, 1}
+    first = next(b for b in batches if b.bucket == 1)
+    assert set(first.epochs.tolist()) == {0, 1}  # three of the first epoch and one of the next
 
 
-@pytest.mark.parametrize("batch, lanes", [(1, 1), (32, 32), (64, 64), (96, 48), (2048, 64), (131, 1), (100, 50)])
-def test_default_lanes(batch: int, lanes: int) -> None:
-    assert default_lanes(batch) == lanes
-
-
-def test_says_what_is_wrong() -> None:
-    with pytest.raises(ValueError, match=r"data\.lanes: 5 does not divide batch\.size 32; 32 does"):
-        Plan([10], 0, "set", 32, lanes=5)
-    with pytest.raises(ValueError, match=r"data\.shards: no sample"):
-        Plan([0, 0], 0, "set", 32)
+def test_says_what_can_never_be() -> None:
+    order = Order([3], 0, "set", 1, 1)
+    with pytest.raises(
+        ValueError, match=r"data\.tail: drop would leave out every sample: an epoch has 3, batch.size is 4"
+    ):
+        Planner([order], Mixture({0: [1.0]}), batch_size=4, tail="drop")
+    starving = [np.array([0, 1, 2], np.uint8)]
+    with pytest.raises(RuntimeError, match="none of 3 buckets had 2 of its 3 samples"):
+        Planner([order], Mixture({0: [1.0]}), batch_size=2, tail="drop", buckets=starving, num_buckets=3).next()
+    with pytest.raises(ValueError, match="slots drawn"):
+        Position.from_json({"drawn": 4, "waiting": [[7]]})

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from synthos.data.manifest import fingerprint, read_manifest
-from synthos.data.shards import MissingShards, list_shards
+from synthos.data.shards import MissingShards, ShardPlace, list_shards
 from tests.data.make import data_set, pairs, tar
 
 
@@ -17,8 +17,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def names(paths: list[str]) -> list[str]:
-    return [Path(path).name for path in paths]
+def names(places: list[ShardPlace]) -> list[str]:
+    return [place.name for place in places]
 
 
 ALL = ["00000.tar", "00001.tar", "00002.tar"]
@@ -26,7 +26,7 @@ ALL = ["00000.tar", "00001.tar", "00002.tar"]
 
 @pytest.mark.parametrize("spec", ["", "{00000..00002}.tar", "*.tar", "0000[0-2].tar", "{00000,0000[12]}.tar"])
 def test_folder_braces_and_globs(folder: Path, spec: str) -> None:
-    assert list_shards(f"{folder}/{spec}") == [str(folder / name) for name in ALL]
+    assert [place.url for place in list_shards(f"{folder}/{spec}")] == [str(folder / name) for name in ALL]
 
 
 def test_lists_keep_their_order(folder: Path) -> None:
@@ -52,11 +52,11 @@ def test_nothing_there(tmp_path: Path, spec: str | list[str] | None) -> None:
         list_shards(str(tmp_path / spec) if isinstance(spec, str) else spec)
 
 
-@pytest.mark.parametrize("spec", ["pipe:cat x.tar", "a.tar::b.tar", "s3://bucket/0.tar", "http://host/0.tar"])
-def test_commands_and_addresses_are_refused(tmp_path: Path, spec: str) -> None:
+@pytest.mark.parametrize("spec", ["pipe:cat x.tar", "a.tar::b.tar", "ftp://host/0.tar", "simplecache::s3://b/0.tar"])
+def test_commands_and_chained_addresses_are_refused(tmp_path: Path, spec: str) -> None:
     (tmp_path / "list.json").write_text(json.dumps([spec]))
     for given in (spec, str(tmp_path / "list.json")):
-        with pytest.raises(ValueError, match="only local paths are read"):
+        with pytest.raises(ValueError, match=r"data\.shards: .*allowed are"):
             list_shards(given)
 
 

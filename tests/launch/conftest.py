@@ -11,6 +11,7 @@ from PIL import Image
 
 from launch.cli import main
 from synthos.data.index import open_index
+from synthos.data.shards import ShardPlace
 
 Submit = Callable[..., int]
 
@@ -21,7 +22,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shards")
     for number in range(2):
         write_shard(folder / f"{number:05d}.tar", {f"{number}{key:04d}": "a plain colour" for key in range(12)})
-        open_index(str(folder / f"{number:05d}.tar"))
+        open_index(ShardPlace.beside(str(folder / f"{number:05d}.tar")))
     return folder
 
 

@@ -16,6 +16,7 @@ from launch.attempts import newest_record
 from launch.compose import CHECKOUT
 from launch.rundir import hold, read_state
 from synthos.data.index import open_index
+from synthos.data.shards import ShardPlace
 from synthos.schema import RunConfig
 from synthos.strict import read_config
 from tests.launch.conftest import Submit, tree, write_shard
@@ -192,7 +193,7 @@ def test_faults_of_the_run_raise_in_debug_and_are_named_by_local(
     (tmp_path / "copy").mkdir()
     for file in shards.glob("*.tar"):
         shutil.copy(file, tmp_path / "copy" / file.name)
-        open_index(str(tmp_path / "copy" / file.name))
+        open_index(ShardPlace.beside(str(tmp_path / "copy" / file.name)))
     for file in (tmp_path / "copy").glob("*.tar"):
         size = file.stat().st_size
         file.write_bytes(b"\0" * size)

@@ -15,6 +15,7 @@ import synthos
 from launch.cli import main
 from synthos.build import build_job, measure
 from synthos.data.index import open_index
+from synthos.data.shards import ShardPlace
 from synthos.models.content import digest
 from synthos.models.wan import original_name
 from synthos.run import main as main_of_ranks
@@ -36,7 +37,7 @@ class Laboratory:
     def __init__(self, home: Path) -> None:
         self.home = home
         write_shard(home / "00000.tar", {f"{key:04d}": "a plain colour" for key in range(24)})
-        open_index(str(home / "00000.tar"))
+        open_index(ShardPlace.beside(str(home / "00000.tar")))
         self.arguments = (
             *("recipe=i2i", "model=tiny", "cluster=debug", "cluster.device=cpu", "cluster.threads=1", "precision=fp32"),
             *(f"data.shards={home / '00000.tar'}", "data.holdout_fraction=0.2", "data.height=32", "data.width=32"),

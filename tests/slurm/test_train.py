@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from synthos.data.index import open_index
+from synthos.data.shards import ShardPlace
 from tests.launch.conftest import write_shard
 from tests.slurm.conftest import Cluster, wait_until
 from tests.support import ROOT, SMALL
@@ -171,7 +172,7 @@ def test_a_rank_that_raises_ends_the_job_and_is_heard_first(bench: Bench, tmp_pa
     shard = tmp_path / "shards" / "00000.tar"
     shard.parent.mkdir()
     write_shard(shard, {f"{key:04d}": "a plain colour" for key in range(32)})
-    open_index(str(shard))
+    open_index(ShardPlace.beside(str(shard)))
     damage(shard, "0020.jpg")
     started = time.monotonic()
     done = bench.submit(
