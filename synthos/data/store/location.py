@@ -104,9 +104,12 @@ def mask_loggers() -> None:
 class _Mask(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg, record.args = masked(record.getMessage()), ()
+        if record.exc_info:
+            record.exc_text = masked(_FORMATTER.formatException(record.exc_info))
         return True
 
 
+_FORMATTER = logging.Formatter()
 _LOGGERS = (
     "fsspec", "fsspec.http", "s3fs", "gcsfs", "gcsfs.credentials", "asyncio", "aiohttp.client", "aiobotocore",
     "aiobotocore.httpsession", "aiobotocore.endpoint", "botocore.auth", "botocore.endpoint", "botocore.hooks",

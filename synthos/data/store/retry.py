@@ -110,10 +110,8 @@ def failure_of(error: BaseException) -> Failure:
     chain = list(_chain(error))
     garbled = any(type(link).__module__ == "aiohttp.http_exceptions" for link in chain)  # aiohttp calls it status 400
     status = None if garbled else next((code for link in chain if (code := _status(link)) is not None), None)
-    text = masked(f"HTTP {status} {_phrase(status)}" if status else f"{type(chain[-1]).__name__}: {chain[-1]}")[:300]
+    text = masked(f"HTTP {status} {_phrase(status)}" if status else _describe(chain))[:300]
     retry_after = max(_retry_after(link) for link in chain)
-    if isinstance(chain[-1], FileNotFoundError) and not status:
-        text = "no such file"
     if isinstance(error, StorageError):
         return Failure("lasting", text)
     if garbled or any(isinstance(link, (Passing, TimeoutError)) for link in chain):
@@ -147,9 +145,21 @@ def _kind_of_type(error: BaseException) -> Literal["missing", "denied", "passing
         return "missing"
     if isinstance(error, PermissionError) or "Credential" in name or str(error).startswith("Forbidden"):  # gcsfs: 403
         return "denied"
+    if name == "JSONDecodeError":  # a proxy's page where the store's answer should be
+        return "passing"
     if isinstance(error, (NotADirectoryError, IsADirectoryError, ValueError)) or "Certificate" in name:
         return "lasting"
     return "passing"
+
+
+def _describe(chain: list[BaseException]) -> str:
+    """A failure without an HTTP status, in words."""
+    if any(isinstance(link, TimeoutError) for link in chain):
+        return "no answer in time"
+    if isinstance(chain[-1], FileNotFoundError):
+        return "no such file"
+    text = " ".join(str(chain[-1]).split())
+    return text if isinstance(chain[-1], Passing) else f"{type(chain[-1]).__name__}: {text}"
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -219,6 +229,7 @@ def _failures() -> tuple[type[Exception], ...]:
 
 
 _ERRORS = (
+    ("json", "JSONDecodeError"),
     ("aiohttp", "ClientError"),
     ("botocore.exceptions", "BotoCoreError"),
     ("botocore.exceptions", "ClientError"),
