@@ -10,7 +10,7 @@ VERBS = {  # verb -> ("module:function", what it does)
     "submit": ("launch.commands.submit:main", "train a recipe; the same command again continues the run"),
     "generate": ("launch.commands.generate:main", "make pictures with trained weights"),
     "weights export": ("launch.commands.weights:main", "write a trained projector in the original Wan2.1 naming"),
-    "data write": ("synthos.data.commands.write:main", "write a folder of pictures and captions as shards"),
+    "data write": ("synthos.data.commands.write:main", "write pictures and captions as shards"),
 }
 
 Command = Callable[[list[str]], int | Callable[[], int]]

@@ -29,6 +29,7 @@ DOORS = {
     "wandb": ("synthos.train.report",),
     "webdataset": ("synthos.data",),
     "fsspec": ("synthos.data",),
+    "pyarrow": ("synthos.data",),
     "diffusers": ("synthos.models", "synthos.diffusion.sampling"),
     "transformers": ("synthos.models",),
     "torch.distributed": ("synthos.train",),

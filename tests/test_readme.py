@@ -50,7 +50,8 @@ def test_command_is_understood(page: str, command: str, tmp_path: Path, monkeypa
     elif words[:3] == ["synthos", "data", "write"]:
         from synthos.data.commands.write import _parser
 
-        assert _parser().parse_args(words[3:]).images
+        given = _parser().parse_args(words[3:])
+        assert given.images or given.table
     else:
         assert words[:2] == ["synthos", "generate"], command
         given, fields = dict(w.split("=", 1) for w in words[2:]), request_fields(recipe_class("i2i"))

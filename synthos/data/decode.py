@@ -51,7 +51,7 @@ def open_image(data: bytes) -> Image.Image:
     except OSError:
         raise ValueError("not a readable JPEG, PNG or WebP") from None
     if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"{image.width} x {image.height} is more than {MAX_PIXELS} pixels")
+        raise ValueError(f"more than {MAX_PIXELS} pixels: {image.width} x {image.height}")
     return image
 
 

@@ -17,8 +17,7 @@ from synthos.data.shards import ShardPlace
 from synthos.data.store.cache import ShardCache
 from synthos.data.store.files import FileFacts, Storage
 from synthos.data.store.location import is_remote, scheme_of
-from synthos.data.store.retry import MissingFile
-from synthos.data.store.room import NoRoom
+from synthos.data.store.retry import MissingFile, NoRoom
 from synthos.keys import sample_id
 from synthos.schema import DataConfig
 

@@ -48,6 +48,15 @@ def pairs(keys: list[str]) -> list[tuple[str, bytes]]:
     return [m for key in keys for m in ((f"{key}.png", picture()), (f"{key}.txt", f"caption {key}".encode()))]
 
 
+def parquet(path: Path, rows: list[dict[str, Any]], group: int = 4) -> Path:
+    """A Parquet file of these rows, `group` of them in a row group."""
+    import pyarrow.parquet
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=group)
+    return path
+
+
 def data_set(folder: Path, samples: int, shard_size: int, first: int = 0) -> Path:
     """Captioned pictures, each of its own colour."""
     rows = [Row(picture((i % 256, i // 256, 7)), f"caption {i}", {"number": i}) for i in range(first, first + samples)]

@@ -125,7 +125,8 @@ def test_rows_that_cannot_be_written_are_listed(
 @pytest.mark.parametrize(
     "text, options, message",
     [
-        ("a,b\n1,2\n", [], "has the columns a, b, not image,caption or video,prompt"),
+        ("image,b\n1,2\n", [], "has the columns image, b; captions need one of captions, caption, text, prompt; or --"),
+        ("a,caption\n1,2\n", [], "has the columns a, caption; pictures need one of image, image_path, path"),
         ("image,caption\n", [], "has no rows"),
         ("image,caption\n0.jpg,one, two\n", [], "line 2: more cells than columns"),
         ("image,caption\n0.jpg,x\n", ["--image-column", "file"], "--image-column: .* no column 'file'; allowed: image"),
@@ -177,7 +178,7 @@ def test_wrong_arguments(tmp_path: Path, images: Path) -> None:
         main(["--images", str(images), "--table", "t.xlsx", *out])
     with pytest.raises(ValueError, match="--table: no such file"):
         main(["--images", str(images), "--table", "t.csv", *out])
-    with pytest.raises(ValueError, match="name columns of a --table"):
+    with pytest.raises(ValueError, match="--image-column would be ignored: it tells of the columns of a --table"):
         main(["--images", str(images), "--image-column", "image", *out])
 
 
