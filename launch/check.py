@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from launch.render import NOT_TO_SET, OWN_KEYS
+from synthos.data.buckets import bucket_sizes
 from synthos.schema import GenerateConfig, JobConfig, RunConfig
 
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
@@ -51,6 +52,7 @@ def value_problems(config: RunConfig, recipe: Any, recipe_config: Any) -> list[s
         *_lanes(config),
         *_length(config),
         *size_problems(config.data, recipe.size_multiple, "data"),
+        *_buckets(config, recipe),
         *_held_out(config),
         *_validation(config),
         *_ranks(config),
@@ -85,6 +87,13 @@ def _lanes(config: RunConfig) -> Iterator[str]:
     if lanes is not None and size % lanes:
         near = " or ".join(map(str, nearest_divisors(size, lanes)))
         yield f"data.lanes: {lanes} does not divide batch.size {size}; nearest: {near}, or null"
+
+
+def _buckets(config: RunConfig, recipe: Any) -> Iterator[str]:
+    try:
+        bucket_sizes(config.data, recipe.size_multiple)
+    except ValueError as error:
+        yield str(error)
 
 
 def nearest_multiples(value: int, of: int) -> list[int]:

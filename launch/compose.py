@@ -268,12 +268,20 @@ def _anchor(config: RunConfig, folder: Path) -> RunConfig:
 
 
 def _anchor_data(data: DataConfig, folder: Path) -> DataConfig:
-    def anchored(shards: str | list[str] | None) -> str | list[str] | None:
-        if shards is None:
-            return None
+    def anchored(shards: str | list[str]) -> str | list[str]:
         return _absolute(shards, folder) if isinstance(shards, str) else [_absolute(shard, folder) for shard in shards]
 
-    return dataclasses.replace(data, shards=anchored(data.shards), validation=anchored(data.validation))
+    mix = data.mix and {
+        name: dataclasses.replace(source, shards=anchored(source.shards)) for name, source in data.mix.items()
+    }
+    return dataclasses.replace(
+        data,
+        shards=data.shards and anchored(data.shards),
+        mix=mix,
+        validation=data.validation and anchored(data.validation),
+        cache=data.cache and _absolute(data.cache, folder),
+        known_bad=data.known_bad and _absolute(data.known_bad, folder),
+    )
 
 
 def _anchor_model(model: ModelConfig, folder: Path) -> ModelConfig:

@@ -29,6 +29,11 @@ LEFT_OUT = (
     "cache_dir",
     "data.shards",  # their content enters as the data's fingerprint
     "data.validation",
+    "data.read",
+    "data.cache",
+    "data.cache_gb",
+    "data.max_bad_fraction",
+    "data.max_bad_per_shard",
 )
 GENERATION_LEFT_OUT = ("cluster", "nodes", "gpus_per_node", "micro", "runs_dir", "cache_dir")
 
@@ -44,6 +49,9 @@ def sig8(config: RunConfig, fingerprint: str) -> str:
     for key in LEFT_OUT:
         _remove(plain, key)
     plain["data"]["fingerprint"] = fingerprint
+    plain["data"]["known_bad"] = _by_content(config.data.known_bad)
+    for source in (plain["data"]["mix"] or {}).values():
+        del source["shards"]
     plain["model"]["parts"] = {name: _part(part) for name, part in config.model.parts.items()}
     plain["init_from"] = _weights(config.init_from)
     requests = plain["validate"]["requests"] or []

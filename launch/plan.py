@@ -9,6 +9,7 @@ from launch.check import limit_seconds
 from launch.rundir import RunState, run_folder
 from launch.sizes import counted_rows, stated_rows
 from launch.survey import Survey
+from synthos.data.buckets import bucket_sizes
 from synthos.schema import JobConfig, RunConfig
 from synthos.train.memory import Sizes
 
@@ -51,7 +52,7 @@ class Plan:
             "length": self._length(),
             **(counted_rows(config, self.sizes) if self.sizes else stated_rows(config)),
             "data": self._data(),
-            "size": f"{config.data.height} x {config.data.width} pixels",
+            "size": self._size(),
         }
         lines = [f"{name + ':':<12}{text}" for name, text in rows.items()]
         lines += [f"note: {note}" for note in self.survey.notes]
@@ -72,6 +73,12 @@ class Plan:
         samples = self.survey.data.samples
         epochs = f"{images / samples:.3g} epochs" if samples else f"epochs {UNKNOWN}"
         return f"{self.last_step} steps = {images:,} samples = {epochs}"
+
+    def _size(self) -> str:
+        data = self.config.data
+        if data.buckets is None:
+            return f"{data.height} x {data.width} pixels"
+        return f"{len(bucket_sizes(data))} buckets; validation at {data.height} x {data.width} pixels"
 
     def _data(self) -> str:
         data = self.survey.data

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import nn
 
 from synthos.batch import Features
+from synthos.data.plan import steps_of
 from synthos.data.stream import HeldOut, Stream
 from synthos.models import initial
 from synthos.models.parts import Models, contents
@@ -134,10 +135,18 @@ def build_job(config: RunConfig, folder: Path, world: World, stop: Stop, attempt
 
 
 def last_step(config: RunConfig, samples: int) -> int:
-    """The number of optimiser steps, from `optim.steps` or from epochs of `samples`."""
+    """The number of optimiser steps, from `optim.steps` or from epochs of `samples`.
+
+    Raises ValueError where epochs have no fixed number of steps.
+    """
     if config.optim.steps is not None:
         return config.optim.steps
-    return int((config.optim.epochs or 0) * samples / config.batch.size + 1e-9)  # 0.29 * 100 is 28.999...
+    if config.data.buckets and config.data.tail != "carry":
+        raise ValueError(
+            f"optim.epochs: with data.buckets and data.tail={config.data.tail} its steps depend on what the buckets "
+            "hold; expected optim.steps, or data.tail=carry"
+        )
+    return steps_of(config.optim.epochs or 0, samples, config.batch.size, config.data.tail)
 
 
 def fill_frozen(

@@ -50,12 +50,11 @@ def bucket_sizes(config: DataConfig, multiple: int = 1) -> list[Size]:
 
 
 def _of_area(area: int, multiple: int, max_aspect: float) -> list[Size]:
-    """For each height, the width that comes nearest to the area, both in steps of `multiple`; square-most first."""
-    edge = math.sqrt(area)
-    heights = range(multiple, int(edge * math.sqrt(max_aspect)) + multiple, multiple)
-    sizes = [(h, max(round(area / h / multiple), 1) * multiple) for h in heights]
-    allowed = [size for size in sizes if max(size) <= max_aspect * min(size)]
-    return sorted(allowed, key=lambda size: max(size) / min(size))
+    """For each shorter edge, the longer one that comes nearest to the area, in steps of `multiple`; square-most first."""
+    shorter = range(multiple, math.isqrt(area) + multiple, multiple)
+    pairs = [(short, round(area / short / multiple) * multiple) for short in shorter]
+    allowed = [(short, long) for short, long in pairs if short <= long <= max_aspect * short]
+    return [size for short, long in reversed(allowed) for size in ((short, long), (long, short))]
 
 
 def assign(widths: NDArray[np.integer], heights: NDArray[np.integer], sizes: list[Size]) -> NDArray[np.uint8]:

@@ -9,6 +9,7 @@ An epoch of the run is as many slots as the sources have samples. At its end (`t
 (`carry`), is left out (`drop`), or is filled up to a batch with samples of weight 0 (`pad`).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -163,6 +164,14 @@ class Planner:
                 f"{self.batch_size} of its {self.num_samples} samples; expected carry or pad, or fewer buckets"
             )
         self.queues = [queue[:, :0] for queue in self.queues]
+
+
+def steps_of(epochs: float, num_samples: int, batch_size: int, tail: Tail) -> int:
+    """The batches of so many epochs, where there is one bucket; of a part of an epoch, those that it fills."""
+    if tail == "carry":
+        return math.floor(epochs * num_samples / batch_size + 1e-9)  # 0.29 * 100 is 28.999...
+    whole = -(-num_samples // batch_size) if tail == "pad" else num_samples // batch_size
+    return math.floor(epochs) * whole + min(math.floor(epochs % 1 * num_samples / batch_size + 1e-9), whole)
 
 
 def default_lanes(batch_size: int) -> int:

@@ -8,6 +8,7 @@ import time
 import uuid
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -20,6 +21,7 @@ from synthos.train.distributed import World
 from synthos.train.pictures import card, to_image
 from synthos.train.progress import Beat, ProgressLine, write_heartbeat
 from synthos.train.validate import Validation
+from synthos.train.waiting import ADVICE, advise
 
 # One row per consumed sample, in data/trace-rank-*.bin: its id, and whether it only filled up its batch or stood for a
 # bad sample (which data/quarantine.jsonl names).
@@ -36,6 +38,7 @@ class Report:
 
     HEARTBEAT_SECONDS = 2.0
     LINE_SECONDS = 15.0  # between progress lines where the output is no terminal
+    ADVICE_SECONDS = 60.0  # of steps that a word about waits is drawn from
 
     def __init__(self, folder: Path, config: RunConfig, world: World, attempt: int) -> None:
         self.folder, self.config, self.world, self.attempt = folder, config, world, attempt
@@ -44,6 +47,8 @@ class Report:
         self.last_step = 0
         self.beat = self.line = 0.0
         self.rate = 0.0  # images per second, smoothed
+        self.waits: dict[str, list[float]] = {}  # metrics of waits for data since the last word about them
+        self.advised = time.monotonic()
 
     def start(self, step: int, last_step: int, validation_due: bool) -> None:
         """Open everything at the step the run goes on from; `validation_due` if it will be validated (again)."""
@@ -187,9 +192,21 @@ class Report:
         elif now - self.line > self.LINE_SECONDS or step == self.last_step:
             self.line = now
             self._say(f"step {step}/{self.last_step}  {beat}")
+        self._advise(metrics)
         if now - self.beat > self.HEARTBEAT_SECONDS:
             self.beat = now
             write_heartbeat(self.folder, self.attempt, beat)
+
+    def _advise(self, metrics: dict[str, float | str]) -> None:
+        """A word about waits for data, at most one in `ADVICE_SECONDS`, of all steps since the last one."""
+        for name in ("data/wait", *(f"data/wait_{kind}_s" for kind in ADVICE)):
+            self.waits.setdefault(name, []).append(float(metrics.get(name, 0.0)))
+        if time.monotonic() - self.advised > self.ADVICE_SECONDS:
+            self.advised = time.monotonic()
+            means = {name: fmean(values) for name, values in self.waits.items()}
+            self.waits = {}
+            if line := advise(means.pop("data/wait"), means):
+                self._say(line)
 
     def _say(self, line: str) -> None:
         if self.progress:

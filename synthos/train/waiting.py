@@ -27,7 +27,13 @@ def waits(waited: float, moved: float, seconds: float, readers: dict[str, float]
 
 
 def advise(share: float, parts: dict[str, float]) -> str:
-    """One line where a step waits for more than `SHARE` of its time, by what it waits for in seconds; else nothing."""
+    """One line where steps wait for more than `SHARE` of their time; else nothing.
+
+    Args:
+        share: of the time that is spent waiting.
+        parts: the metrics `data/wait_*_s`, in seconds.
+    """
     if share <= SHARE or not any(parts.values()):
         return ""
-    return f"{share:.0%} of the time is spent waiting for data, mostly for {ADVICE[max(parts, key=lambda k: parts[k])]}"
+    most = max(parts, key=lambda name: parts[name]).removeprefix("data/wait_").removesuffix("_s")
+    return f"{share:.0%} of the time is spent waiting for data, mostly for {ADVICE[most]}"
