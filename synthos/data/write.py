@@ -42,8 +42,8 @@ class Written:
 def write_shards(out: Path, rows: Iterable[Row], shard_size: int = 1000) -> Written:
     """Write a whole data set to the folder `out`, which appears when it is finished.
 
-    Each sample is its picture as it is (.jpg, .png or .webp), the caption (.txt), and a .json. Rows without a caption
-    or a readable picture are left out and listed in skipped.jsonl.
+    Each sample is its picture as it is (.jpg, .png, .webp or .avif), the caption (.txt), and a .json. Rows without a
+    caption or a readable picture are left out and listed in skipped.jsonl.
 
     Raises ValueError if `out` holds anything, for an impossible shard size, and if no row can be written.
     """

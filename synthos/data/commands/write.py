@@ -24,7 +24,7 @@ def main(argv: list[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="synthos data write", description=__doc__)
-    parser.add_argument("--images", type=Path, required=True, help="folder of the pictures (JPEG, PNG, WebP)")
+    parser.add_argument("--images", type=Path, required=True, help="folder of the pictures (JPEG, PNG, WebP, AVIF)")
     parser.add_argument("--table", type=Path, help="captions as .csv or .jsonl; without it, a .txt beside each picture")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; it must not hold anything")
     parser.add_argument("--image-column", help="column of picture paths below --images (image or video are known)")
