@@ -64,7 +64,7 @@ class Batch:
     weights: Tensor = field(default_factory=lambda: torch.empty(0))  # float32 [B]; default: ones
     replaced: Tensor = field(default_factory=lambda: torch.empty(0))  # bool [B]; default: none
     faults: list[Fault] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)  # that readers took: fetch, read, decode, collate
+    seconds: dict[str, float] = field(default_factory=dict)  # that readers took: fetch, read, decode
 
     def __post_init__(self) -> None:
         if not len(self.weights):
@@ -88,7 +88,10 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch with its tensors on `device`; ids and epochs stay on the CPU, where they are keys."""
-        columns = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in self.columns.items()}
+        columns = {  # pixels arrive as they were decoded, channels last
+            k: v.to(device, non_blocking=True).contiguous() if isinstance(v, Tensor) else v
+            for k, v in self.columns.items()
+        }
         return replace(self, columns=columns, weights=self.weights.to(device, non_blocking=True))
 
     def split(self, size: int) -> list["Batch"]:

@@ -50,7 +50,7 @@ def bucket_sizes(config: DataConfig, multiple: int = 1) -> list[Size]:
 
 
 def _of_area(area: int, multiple: int, max_aspect: float) -> list[Size]:
-    """For each shorter edge the longer one that comes nearest to the area, in steps of `multiple`, square-most first."""
+    """For each shorter edge the longer one that comes nearest to the area, in steps of `multiple`, the square first."""
     shorter = range(multiple, math.isqrt(area) + multiple, multiple)
     pairs = [(short, round(area / short / multiple) * multiple) for short in shorter]
     allowed = [(short, long) for short, long in pairs if short <= long <= max_aspect * short]

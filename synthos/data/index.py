@@ -27,7 +27,7 @@ from synthos.data.tar import Span, walk
 
 FORMAT = 1
 MAX_TEXT_BYTES = 1 << 20
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "avif")
 MEMBER = np.dtype(
     [("offset", "<i8"), ("size", "<i8"), ("checksum", "<u4"), ("width", "<i4"), ("height", "<i4"), ("chars", "<i4")]
 )

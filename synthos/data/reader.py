@@ -17,13 +17,14 @@ from torch.utils.data import Dataset
 
 from synthos.batch import Batch, Fault, Input
 from synthos.data.buckets import Size, assign
-from synthos.data.decode import decode_image
+from synthos.data.decode import decode_into
 from synthos.data.selection import sized_input
 from synthos.data.shelf import Shelf, View
 from synthos.data.source import Source
 from synthos.keys import hash64, sample_id
 
 Ints = NDArray[np.int64]
+Columns = dict[str, Any]  # pixels uint8 [B, H, W, 3] or a list of B texts, by input
 TRIES = 4096  # rows looked at for a substitute of the same bucket, then as many of any
 
 
@@ -66,7 +67,7 @@ class Reader(Dataset[Batch]):
         Raises RuntimeError naming shard and key for a sample that can't be used and has no substitute.
         """
         (asked,) = instructions
-        self.seconds = dict.fromkeys(("fetch", "read", "decode", "collate"), 0.0)
+        self.seconds = dict.fromkeys(("fetch", "read", "decode"), 0.0)
         size = self.sizes[asked.bucket]
         columns = self._columns(len(asked.rows), size)
         ids, replaced, faults = np.empty(len(asked.rows), np.uint64), np.zeros(len(asked.rows), bool), []
@@ -76,19 +77,17 @@ class Reader(Dataset[Batch]):
             with self._timed("fetch" if self.shelf.remote(view) else "read"):
                 found = self.shelf.read(view, rows)
             for place, row, data in zip(places.tolist(), rows, found, strict=True):
-                epoch = int(asked.epochs[place])
                 try:
-                    values = self._decode(self.sources[source].name, view, row, epoch, data, size)
-                    identity = self._id(source, view, row)
+                    self._decode(source, view, row, int(asked.epochs[place]), data, columns, place)
+                    ids[place] = self._id(source, view, row)
                 except Unusable as error:
                     faults.append(error.fault)
-                    identity, values = self._substitute(source, error.fault, asked.bucket, size)
+                    ids[place] = self._substitute(source, error.fault, asked.bucket, columns, place)
                     replaced[place] = True
-                ids[place] = identity
-                for name, value in values.items():
-                    columns[name][place] = value
-        with self._timed("collate"):
-            tensors = {name: torch.from_numpy(c) if isinstance(c, np.ndarray) else c for name, c in columns.items()}
+        tensors = {  # [B, 3, H, W], channels last in memory
+            name: torch.from_numpy(c).permute(0, 3, 1, 2) if isinstance(c, np.ndarray) else c
+            for name, c in columns.items()
+        }
         return Batch(
             torch.from_numpy(ids.view(np.int64)),
             torch.from_numpy(asked.epochs),
@@ -104,10 +103,10 @@ class Reader(Dataset[Batch]):
         pairs = zip(shards.tolist(), rows.tolist(), strict=True)
         return np.array([self._id(source, self._view(source, shard), row) for shard, row in pairs], np.uint64)
 
-    def _columns(self, count: int, size: Size) -> dict[str, Any]:
+    def _columns(self, count: int, size: Size) -> Columns:
         """Room for a batch: pixels are decoded to where they stay."""
         return {
-            name: np.empty((count, 3, *size), np.uint8) if item.kind == "image" else [""] * count
+            name: np.empty((count, *size, 3), np.uint8) if item.kind == "image" else [""] * count
             for name, item in self.inputs.items()
         }
 
@@ -120,28 +119,26 @@ class Reader(Dataset[Batch]):
         return sample_id(self.sources[source].name, view.name, view.key(row))
 
     def _decode(
-        self, source: str, view: View, row: int, epoch: int, data: dict[str, bytes], size: Size
-    ) -> dict[str, Any]:
-        """Each input's value: pixels uint8 [3, H, W], or text."""
-        values: dict[str, Any] = {}
+        self, source: int, view: View, row: int, epoch: int, data: dict[str, bytes], columns: Columns, place: int
+    ) -> None:
+        """Put each input of a sample to its place in the batch. Raises Unusable, and may leave half of it there."""
+        name = self.sources[source].name
         with self._timed("decode"):
-            for name, item in self.inputs.items():
-                if zlib.crc32(data[name]) != view.members[name][row]["checksum"]:
-                    error = "has changed since it was indexed"
-                    raise Unusable(view.fault(source, row, epoch, name, "checksum", error))
+            for key, item in self.inputs.items():
+                if zlib.crc32(data[key]) != view.members[key][row]["checksum"]:
+                    raise Unusable(view.fault(name, row, epoch, key, "checksum", "has changed since it was indexed"))
                 try:
-                    values[name] = self._value(item, data[name], size)
+                    if item.kind == "image":
+                        decode_into(data[key], columns[key][place], item.crop)
+                    else:
+                        columns[key][place] = data[key].decode().strip()
                 except ValueError as error:
                     reason = "decode" if item.kind == "image" else "caption"
-                    said = f"can't be decoded: {name}: {error}"
-                    raise Unusable(view.fault(source, row, epoch, name, reason, said)) from None
-        return values
+                    said = f"can't be decoded: {key}: {error}"
+                    raise Unusable(view.fault(name, row, epoch, key, reason, said)) from None
 
-    def _value(self, item: Input, data: bytes, size: Size) -> Any:
-        return decode_image(data, *size, item.crop) if item.kind == "image" else data.decode().strip()
-
-    def _substitute(self, source: int, fault: Fault, bucket: int, size: Size) -> tuple[int, dict[str, Any]]:
-        """Id and values of the sample that stands for a bad one."""
+    def _substitute(self, source: int, fault: Fault, bucket: int, columns: Columns, place: int) -> int:
+        """Put the sample that stands for a bad one to its place; returns its id."""
         tried = {fault.key}
         for attempt in range(2 * TRIES):
             number = hash64("substitute", fault.id, fault.epoch, attempt) % self.sources[source].selection.num_rows
@@ -153,8 +150,8 @@ class Reader(Dataset[Batch]):
                 continue
             (data,) = self.shelf.read(view, [row])
             try:
-                values = self._decode(fault.source, view, row, fault.epoch, data, size)
-                return self._id(source, view, row), values
+                self._decode(source, view, row, fault.epoch, data, columns, place)
+                return self._id(source, view, row)
             except Unusable:  # met and counted when its own turn comes
                 tried.add(view.key(row))
         raise RuntimeError(

@@ -131,8 +131,8 @@ def encode(text: str, what: str) -> bytes:
 def write_shards(out: Path, items: Iterable[Item], shard_size: int = 1000) -> Written:
     """Write a whole data set to the folder `out`, which appears when it is finished.
 
-    Each sample is its pictures as they are (.jpg, .png or .webp), the caption (.txt), and a .json. Items without a
-    caption or a readable picture are left out and listed in skipped.jsonl.
+    Each sample is its pictures as they are (.jpg, .png, .webp or .avif), the caption (.txt), and a .json. Items
+    without a caption or a readable picture are left out and listed in skipped.jsonl.
 
     Raises ValueError if `out` holds anything, for an impossible shard size, and if no item can be written.
     """

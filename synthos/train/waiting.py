@@ -1,12 +1,11 @@
 """What a step waited for its data for, and what would help."""
 
-READERS = ("fetch", "read", "decode", "collate")
+READERS = ("fetch", "read", "decode")
 SHARE = 0.05  # of a step, above which waiting is worth a word
 ADVICE = {
     "fetch": "the network: data.read=shards, data.cache on a fast local disk, nearer shards, or more data.workers",
     "read": "the disk: larger shards, a smaller data.window, or the shards on a faster disk",
     "decode": "decoding: more data.workers (and cores), or pictures stored nearer to the size they are read in",
-    "collate": "putting batches together: more data.workers",
     "transfer": "moving batches to the device: a smaller batch.micro",
 }
 

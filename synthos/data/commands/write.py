@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="synthos data write", description=__doc__)
-    parser.add_argument("--images", type=Path, help="folder of the pictures (JPEG, PNG, WebP); none is read elsewhere")
+    parser.add_argument("--images", type=Path, help="folder of the pictures (JPEG, PNG, WebP, AVIF), the only one read")
     parser.add_argument("--table", help="pictures and captions: .csv, .jsonl, .parquet, a folder of .parquet, or "
                         "hf://datasets/OWNER/NAME; without it, a .txt beside each picture")  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, help="folder to write; it must not hold anything")
