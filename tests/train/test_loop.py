@@ -1,14 +1,16 @@
 """One update and one validation, in this process: what moves, what must not, and what is refused."""
 
 import dataclasses
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from synthos.batch import Batch
+from synthos.batch import Batch, Fault
 from synthos.build import build_recipe, build_state, fill_frozen
 from synthos.keys import KeyedDraws
 from synthos.models.parts import Models
@@ -17,7 +19,7 @@ from synthos.schema import RunConfig
 from synthos.train.checkpoint import Checkpoints
 from synthos.train.distributed import World, whole
 from synthos.train.loop import Job, Meter, update
-from synthos.train.report import Report
+from synthos.train.report import PADDING, SUBSTITUTE, TRACE, USUAL, Report
 from synthos.train.stop import Stop
 from synthos.train.validate import Validator, encode_all
 from tests.support import run_config, world_of_one
@@ -29,6 +31,7 @@ class Pictures:
     def __init__(self, size: int) -> None:
         self.size, self.cursor = size, 0
         self.ids = torch.arange(1000, 1006)
+        self.faults: list[Fault] = []
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -50,6 +53,9 @@ class Pictures:
 
     def digest(self) -> str:
         return f"up to {self.cursor}"
+
+    def count(self, faults: Sequence[Fault]) -> None:
+        self.faults += faults
 
     def state_dict(self) -> dict[str, Any]:
         return {"cursor": self.cursor}
@@ -124,6 +130,47 @@ def test_gradient_is_that_of_the_mean_loss_over_the_global_batch(world: World, t
     assert float(metrics["train/loss"]) == pytest.approx(loss.item(), rel=1e-5)
     for name, parameter in job.state.trained.items():
         torch.testing.assert_close(grads[name], whole(parameter.grad), rtol=1e-3, atol=1e-6)
+
+
+class Spoilt(Pictures):
+    """Of eight samples the last three fill up, and the second stands for a bad one."""
+
+    FAULT = Fault(77, 0, "set", "00000.tar", "000000007", "jpg", 512, 99, "decode", "can't be decoded: image: cut")
+
+    def next(self) -> Batch:
+        batch = super().next()
+        weights = torch.tensor([8 / 5] * 5 + [0.0] * 3)
+        replaced = torch.arange(8) == 1
+        return dataclasses.replace(batch, weights=weights, replaced=replaced, faults=[self.FAULT])
+
+
+def test_what_fills_a_batch_up_counts_nothing(world: World, tmp_path: Path, cache: Path) -> None:
+    grads: dict[str, torch.Tensor] = {}
+    job = build(world, tmp_path, cache, "optim.clip=null", "batch.micro=2", "ema.decay=null")
+    job.stream = Spoilt(8)
+    job.state.optimizer.step = lambda *_: grads.update(  # type: ignore[method-assign, assignment]
+        {name: whole(p.grad).clone() for name, p in job.state.trained.items() if p.grad is not None}
+    )
+    metrics = update(job)
+    real = Pictures(8).next().slice(0, 5)
+    draws = KeyedDraws(job.config.seed, real.ids, real.epochs)
+    loss = job.recipe.loss(encode_all(job.recipe, real), job.null, draws).per_sample.mean()
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert float(metrics["train/loss"]) == pytest.approx(loss.item(), rel=1e-5)
+    for name, parameter in job.state.trained.items():
+        torch.testing.assert_close(grads[name], whole(parameter.grad), rtol=1e-3, atol=1e-6)
+
+
+def test_bad_samples_are_written_down_and_counted(world: World, tmp_path: Path, cache: Path) -> None:
+    job = build(world, tmp_path, cache)
+    job.stream = stream = Spoilt(8)
+    metrics = update(job)
+    assert metrics["data/bad"] == 1 and stream.faults == [Spoilt.FAULT]
+    (line,) = (tmp_path / "data" / "quarantine.jsonl").read_text().splitlines()
+    assert json.loads(line) == {"step": 1, "rank": 0, **dataclasses.asdict(Spoilt.FAULT)}
+    rows = np.fromfile(tmp_path / "data" / "trace-rank-00000.bin", TRACE)
+    assert rows["kind"].tolist() == [USUAL, SUBSTITUTE, USUAL, USUAL, USUAL, PADDING, PADDING, PADDING]
+    assert rows["id"].tolist() == list(range(8)) and set(rows["step"].tolist()) == {1}
 
 
 def test_recomputed_activations_give_the_same_gradient(world: World, tmp_path: Path, cache: Path) -> None:
