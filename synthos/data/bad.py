@@ -84,7 +84,9 @@ class Budget:
             f"{self.max_per_shard} allows"
         )
         shown = [f"{f.source}/{f.shard}: sample {f.key!r} {f.error}" for f in faults[:3]]
-        raise RuntimeError("\n".join([f"{over}; all are listed in data/quarantine.jsonl", *shown]))
+        raise RuntimeError(
+            "\n".join([f"{over}; all are in data/quarantine.jsonl. The run goes on with a higher limit", *shown])
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Plain JSON."""

@@ -10,6 +10,7 @@ from synthos.data.shards import MissingShards, ShardPlace, list_shards
 from synthos.data.source import check_config, open_split
 from synthos.data.store.files import Storage
 from synthos.data.store.location import is_remote
+from synthos.data.store.retry import StorageError
 from synthos.schema import DataConfig
 
 
@@ -21,7 +22,7 @@ class DataFacts:
     held_out: int | None = None
     shards: int | None = None  # of training and validation
     fingerprint: str | None = None  # of training and validation
-    missing: list[str] = field(default_factory=list)  # one line for each shard that is not there
+    missing: list[str] = field(default_factory=list)  # a line for each shard that is not there, or can't be reached
 
 
 def facts(config: DataConfig, inputs: Mapping[str, Input], build: bool) -> DataFacts:
@@ -38,7 +39,10 @@ def facts(config: DataConfig, inputs: Mapping[str, Input], build: bool) -> DataF
         return DataFacts(missing=missing)
     if not build and not all(is_remote(place.index) or Path(place.index).is_file() for place in places):
         return DataFacts(shards=len(places))
-    training, held_out = open_split(config, inputs, storage)
+    try:
+        training, held_out = open_split(config, inputs, storage)
+    except StorageError as error:
+        return DataFacts(shards=len(places), missing=[f"data: {error}"])
     of_their_own = held_out if config.validation is not None else []
     names = " ".join(source.fingerprint for source in [*training, *of_their_own])
     identity = hashlib.blake2b(names.encode(), digest_size=16).hexdigest()
@@ -59,4 +63,6 @@ def _list(config: DataConfig, storage: Storage) -> tuple[list[ShardPlace], list[
             places += list_shards(spec, key, storage)
         except MissingShards as error:
             missing += error.lines
+        except StorageError as error:
+            missing.append(f"{key}: {error}")
     return places, missing
