@@ -1,6 +1,7 @@
 """A shard is in the cache whole and right, or not at all."""
 
 import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -353,6 +354,13 @@ def test_closing_ends_a_download_ahead(server: FaultServer, make_cache: Make) ->
     cache.close()
     assert [thread.name for thread in threading.enumerate() if thread.name == "prefetch"] == []
     assert parts(cache) == []
+
+
+def test_a_folder_that_is_deleted_meanwhile_is_named(server: FaultServer, storage: Storage, make_cache: Make) -> None:
+    cache, url = make_cache(), server.url(PATH)
+    shutil.rmtree(cache.folder)
+    with pytest.raises(StorageError, match=rf"^{cache.folder}: No such file or directory; 300000 bytes are needed"):
+        cache.path(url, storage.facts(url))
 
 
 def test_a_folder_that_cannot_be_is_named(tmp_path: Path, storage: Storage) -> None:
