@@ -73,7 +73,12 @@ class ShardCache:
         if not is_remote(url):
             return Path(local_path(url))
         self._here().known[url] = (expected, checksum)
-        found = self._obtain(url, expected, checksum)
+        try:
+            found = self._obtain(url, expected, checksum)
+        except MissingFile:
+            raise
+        except OSError as error:
+            raise disk_error(self.folder, error, expected.size, url) from None
         assert found is not None  # it was waited for
         return found
 
@@ -110,19 +115,19 @@ class ShardCache:
     def _obtain(
         self, url: str, expected: FileFacts, checksum: int | None, stop: threading.Event | None = None
     ) -> Path | None:
-        """The shard's entry; with `stop`, None if another process is bringing it."""
+        """The shard's entry; with `stop`, ahead of use: then None if another process is bringing it."""
         entry = self._entry(url, expected, checksum)
-        if _use(entry, expected):
+        found = _use(entry, expected)
+        if not found:
+            with self._room.lock(_hash(url), wait=stop is None) as mine:
+                if not mine:
+                    return None
+                found = _use(entry, expected) or self._adopt(url, expected, checksum, entry)
+                if not found:
+                    self._bring(url, expected, checksum, entry, stop)
+                    self.storage.count(cache_misses=1)
+        if found and stop is None:
             self.storage.count(cache_hits=1)
-            return entry
-        with self._room.lock(_hash(url), wait=stop is None) as mine:
-            if not mine:
-                return None
-            if _use(entry, expected) or self._adopt(url, expected, checksum, entry):
-                self.storage.count(cache_hits=1)
-                return entry
-            self._bring(url, expected, checksum, entry, stop)
-        self.storage.count(cache_misses=1)
         return entry
 
     def _adopt(self, url: str, expected: FileFacts, checksum: int | None, entry: Path) -> bool:
@@ -141,10 +146,6 @@ class ShardCache:
         try:
             self._download(url, expected, checksum, part, stop)
             self._room.publish(descriptor, part, entry)
-        except MissingFile:
-            raise
-        except OSError as error:
-            raise disk_error(self.folder, error, expected.size, url) from None
         finally:
             self._room.discard(descriptor, part)
 

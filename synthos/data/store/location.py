@@ -53,13 +53,13 @@ def check_location(url: str, key: str, listed: bool = False) -> None:
     (`listed`), which may come from elsewhere, also `file:`, by which it could name any file of this machine.
     """
     found = _SCHEME.match(url)
-    scheme = found[1].lower() if found else None
+    scheme = found[1] if found else None
     fault = None
     if _SHELL.search(url):
         fault = "'pipe:' runs a shell command"
     elif "::" in _IPV6.sub("//", url):
         fault = "'::' chains addresses"
-    elif listed and (scheme == "file" or _FILE.match(url)):
+    elif listed and _FILE.match(url):
         fault = "an entry of a list file is not allowed to begin with 'file:'"
     elif scheme not in (None, *SCHEMES) or (scheme is None and _FILE.match(url)):
         fault = f"unknown scheme {url.partition(':')[0]!r}"

@@ -47,7 +47,7 @@ class Prefetcher:
             except NoRoom as error:
                 log.info("not brought ahead of use: %s", error)
                 self.want([])
-            except (StorageError, ValueError) as error:
+            except (StorageError, OSError, ValueError) as error:
                 log.info("not brought ahead of use: %s", error)
 
     def _take(self) -> str | None:

@@ -166,7 +166,7 @@ class Room:
     def _remove_left_overs(self, pattern: str) -> None:
         """Delete the files that a process held while it lived."""
         for path in self.folder.glob(pattern):
-            with path.open("rb") as file:
+            with path.open("r+b") as file:
                 if _take(file.fileno(), wait=False):
                     path.unlink()
 

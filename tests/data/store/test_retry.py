@@ -36,7 +36,7 @@ def test_the_right_bytes_come_after_faults_that_pass(
 
 
 def test_a_silent_server_is_asked_again(server: FaultServer, content: bytes) -> None:
-    storage = Storage(replace(QUICK, stall_seconds=0.3))
+    storage = Storage(replace(QUICK, stall_seconds=2.0))
     server.fail(PATH, Fault(delay=60))
     assert storage.read_spans(server.url(PATH), [(5, 10)]) == [content[5:15]]
     assert (len(server.asked(PATH)), storage.counters.retries) == (2, 1)
@@ -102,7 +102,7 @@ def test_a_server_that_wants_to_be_left_alone_beyond_the_deadline_is_not_waited_
 
 
 def test_the_deadline_ends_a_request_that_hangs(server: FaultServer) -> None:
-    storage = Storage(replace(QUICK, deadline_seconds=0.5, stall_seconds=600.0))
+    storage = Storage(replace(QUICK, deadline_seconds=3.0, stall_seconds=600.0))
     server.fail(PATH, *[Fault(delay=600)] * 9)
     with pytest.raises(StorageError, match="no answer in time"):
         storage.read_spans(server.url(PATH), [(0, 10)])
