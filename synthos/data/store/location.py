@@ -50,7 +50,8 @@ def check_location(url: str, key: str, listed: bool = False) -> None:
     """Raise ValueError, naming the config key and the masked value, for what is never read.
 
     That is a shell command (`pipe:`), a chained address (`::`) and an unknown scheme; and for an entry of a list file
-    (`listed`), which may come from elsewhere, also `file:`, by which it could name any file of this machine.
+    (`listed`), which may come from elsewhere, also `file:`, by which it could name any file of this machine. What a
+    config names holds no secret, for the config is frozen in the run's folder.
     """
     found = _SCHEME.match(url)
     scheme = found[1] if found else None
@@ -63,6 +64,8 @@ def check_location(url: str, key: str, listed: bool = False) -> None:
         fault = "an entry of a list file is not allowed to begin with 'file:'"
     elif scheme not in (None, *SCHEMES) or (scheme is None and _FILE.match(url)):
         fault = f"unknown scheme {url.partition(':')[0]!r}"
+    elif not listed and masked(url) != url:
+        fault = "it holds a secret, and a config is kept: use the environment, or a list file (docs/storage.md)"
     if fault:
         allowed = ", ".join(f"{s}://" for s in SCHEMES if not (listed and s == "file"))
         raise ValueError(

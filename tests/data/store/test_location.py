@@ -92,3 +92,10 @@ def test_only_what_has_a_scheme_is_remote() -> None:
     local = ["x.tar", "/x.tar", "file:///x.tar", "FILE:///x.tar", "a:b", "../x?y"]
     assert [url for url in remote + local if is_remote(url)] == remote
     assert parent("x.tar") == "." and join("s3://b/a/", "x") == "s3://b/a/x"
+
+
+@pytest.mark.parametrize("url", ["https://user:word@host/0.tar", "s3://bucket/0.tar?X-Amz-Signature=abc123"])
+def test_a_config_holds_no_secret(url: str) -> None:
+    with pytest.raises(ValueError, match=r"data\.shards: '[^']*\*\*\*.*: it holds a secret, and a config is kept"):
+        check_location(url, "data.shards")
+    check_location(url, "data.shards", listed=True)
