@@ -8,7 +8,7 @@ from synthos.data.store.location import check_location, file_name, is_remote, jo
 @pytest.mark.parametrize(
     "url",
     [
-        "shards/00000.tar", "/data/a b/{0..3}.tar", "file:///data/x.tar", "http://host/x.tar?sig=1", "https://host/x.tar",
+        "shards/00000.tar", "/data/a b/{0..3}.tar", "file:///data/x.tar", "http://host/x.tar?part=1", "https://host/x.tar",
         "s3://bucket/x.tar", "gs://bucket/x.tar", "hf://datasets/me/set@main/x.tar", "http://[::1]:8000/x.tar",
         "data:v2/x.tar",
     ],
