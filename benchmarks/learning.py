@@ -161,9 +161,8 @@ def generate(trained: Generator, images: Tensor, draw: int) -> Tensor:
     requests = [trained.recipe.Request(name=str(row), seed=row * DRAWS + draw) for row in range(len(images))]
     encoded = trained.recipe.encode_requests(requests, trained.size)
     encoded.conditions["image"] = images
-    return sample(
-        trained.recipe, encoded.select(list(range(len(images))), trained.device), trained.null, trained.device
-    )
+    selected = encoded.select(list(range(len(images))), trained.device)
+    return torch.cat(sample(trained.recipe, selected, trained.null, trained.device))
 
 
 def matching_score(references: Tensor, made: list[Tensor], pairs: list[tuple[int, int]]) -> float:

@@ -79,8 +79,8 @@ def ask(config: GenerateConfig, recipe: Any, given: Mapping[str, str], name: str
 
 
 def parse_fields(cls: Any, given: Mapping[str, str]) -> dict[str, Any]:
-    """Fields of a Request from texts: numbers where it wants numbers, true and false where it wants those, all else
-    verbatim."""
+    """Fields of a Request from texts: numbers where it wants numbers, `1,2` or `[1,2]` where it takes a list of them,
+    true and false where it wants those, all else verbatim."""
     hints = get_type_hints(cls)
     values: dict[str, Any] = {}
     for key, text in given.items():
@@ -88,13 +88,21 @@ def parse_fields(cls: Any, given: Mapping[str, str]) -> dict[str, Any]:
         number = next((kind for kind in (int, float) if kind in kinds), None)
         if bool in kinds and text in TRUTH:
             values[key] = TRUTH[text]
-            continue
-        try:
-            values[key] = number(text) if number else text
-        except ValueError:
-            words = "a whole number" if number is int else "a number"
-            raise ValueError(f"{key}: {text!r} is not allowed; expected {words}") from None
+        elif number is None:
+            values[key] = text
+        elif list[float] in kinds and ("," in text or text.startswith("[")):
+            values[key] = [_number(key, part, float) for part in text.removeprefix("[").removesuffix("]").split(",")]
+        else:
+            values[key] = _number(key, text, number)
     return values
+
+
+def _number(key: str, text: str, kind: type[int | float]) -> int | float:
+    try:
+        return kind(text)
+    except ValueError:
+        words = "a whole number" if kind is int else "a number"
+        raise ValueError(f"{key}: {text!r} is not allowed; expected {words}") from None
 
 
 def _references(text: str) -> list[str]:

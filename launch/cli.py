@@ -9,6 +9,7 @@ from synthos.strict import unknown
 VERBS = {  # verb -> ("module:function", what it does)
     "submit": ("launch.commands.submit:main", "train a recipe; the same command again continues the run"),
     "generate": ("launch.commands.generate:main", "make pictures with trained weights"),
+    "requests detailmaster": ("launch.commands.detailmaster:main", "write the prompts of DetailMaster as requests"),
     "weights export": ("launch.commands.weights:main", "write a trained projector in the original Wan2.1 naming"),
     "data write": ("synthos.data.commands.write:main", "write pictures and captions as shards"),
 }

@@ -38,7 +38,7 @@ class GeneratePlan:
             "holds": self._holds(),
             "cluster": describe_cluster(config),
             "world size": f"{config.ranks} ranks = nodes {config.nodes} x gpus_per_node {config.gpus_per_node}",
-            "pictures": self._pictures(),
+            "requests": self._requests(),
         }
         lines = [f"{name + ':':<12}{text}" for name, text in rows.items()]
         lines += [f"note: {note}" for note in self.notes]
@@ -55,7 +55,7 @@ class GeneratePlan:
         made = len(list((self.folder / "samples").glob("[!.]*.png")))
         return f"{state.attempts} attempts, {made} pictures, {state.verdict.get('status', 'no verdict')}"
 
-    def _pictures(self) -> str:
+    def _requests(self) -> str:
         requests = self.config.requests if isinstance(self.config.requests, list) else []
         sizes = Counter(
             (r.get("height") or self.source.size[0], r.get("width") or self.source.size[1]) for r in requests

@@ -8,7 +8,7 @@ from typing import Any
 
 from launch.check import FILE_NAME, FILE_NAME_WORDS, size_problems
 from synthos.data.decode import decode_image
-from synthos.data.embedding import read_embedding
+from synthos.data.embedding import read_embeddings
 from synthos.recipes.base import file_fields
 from synthos.schema import RunConfig
 from synthos.strict import load
@@ -100,7 +100,7 @@ def _file_problems(request: Any, path: str) -> Iterator[str]:
             if key.startswith("reference"):
                 decode_image(Path(file).read_bytes(), 16, 16, "whole")  # as the recipe will, but small
             else:
-                read_embedding(Path(file))
+                read_embeddings(Path(file))
         except (OSError, ValueError, SyntaxError) as error:
             yield f"{path}.{key}: {file} can't be read as {kind}: {error}"
 

@@ -15,7 +15,7 @@ from synthos.data.plan import steps_of
 from synthos.data.stream import HeldOut, Stream
 from synthos.models import initial
 from synthos.models.parts import Models, contents
-from synthos.recipes.base import Encoded, Recipe, file_fields, load_encoded, save_encoded
+from synthos.recipes.base import Encoded, Recipe, file_fields, load_encoded, name_pictures, save_encoded
 from synthos.schema import RunConfig
 from synthos.strict import load, unknown
 from synthos.train.checkpoint import Checkpoints
@@ -75,8 +75,8 @@ def measure(config: RunConfig) -> Sizes:
     models = Models(config.model, Path(config.cache_dir), meta_only=True)
     recipe = build_recipe(config.recipe, models)
     check_groups(config.optim, recipe.param_groups())
-    for request in _listed(config):
-        recipe.setting(load(recipe.Request, request, "validate.requests"), (config.data.height, config.data.width))
+    size, requests = (config.data.height, config.data.width), _listed(config)
+    name_pictures([recipe.setting(load(recipe.Request, row, "validate.requests"), size) for row in requests])
     if not initial.missing(config):
         initial.start_from(config, recipe.network, models)
     return sizes_of(recipe, models.added(recipe.network).names)
@@ -248,5 +248,5 @@ def _from_split(config: RunConfig, folder: Path, recipe: Recipe, held_out: HeldO
         for kind, names in kinds.items():
             if all(name in asked for name in names):
                 request = {name: asked[name] for name in names}
-                requests.append(recipe.Request(name=f"split_{row:03d}_{kind}", **request))
+                requests.append(recipe.Request(name=f"split_{row:03d}_{kind}", **request, **recipe.from_split))
     return requests

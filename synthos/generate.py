@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from synthos.batch import Features
 from synthos.build import build_recipe, fill_frozen
 from synthos.models.parts import Models
-from synthos.recipes.base import Encoded, Images, Recipe, group_rows
+from synthos.recipes.base import Encoded, Recipe, count_pictures, group_rows, is_encoded
 from synthos.strict import load as load_schema
 from synthos.train.distributed import choose_dtype, fill_whole
 from synthos.train.pictures import to_image
@@ -60,15 +61,21 @@ class Generator:
         given = {"name": "picture", **({"prompt": prompt} if prompt else {}), **options}  # a recipe may read none
         if reference is not None:
             given["reference"] = str(reference)
-        return self.generate_all([given])[0]
+        request = self.request(given, "request")
+        if (count := count_pictures([self.recipe.setting(request, self.size)])[0]) != 1:
+            raise ValueError(f"request: is answered by {count} pictures; expected one, or generate_all")
+        return self.generate_all([request])[0]
 
     def generate_all(self, requests: list[Any], micro: int = 1) -> list[Image.Image]:
-        """One picture per request, in order, each of its own height x width, 8-bit RGB.
+        """The pictures of every request, in order, each of its request's height x width, 8-bit RGB.
+
+        A request is answered by one picture, or by several where it asks for that (the decomposer's `save_components`,
+        a list of guidance scales): then these follow each other.
 
         Args:
             requests: of the recipe's Request, or mappings of its fields, of which `name` is the only one that must be
                 given.
-            micro: pictures in one call of the network, all of equal size, steps and sampler. More than one may be
+            micro: requests in one call of the network, all of equal size, steps and sampler. More than one may be
                 faster where pictures are small, and may change a picture's last bits; alone, it is the same in
                 whatever company it was asked for.
 
@@ -77,32 +84,39 @@ class Generator:
         """
         asked = [self.request(request, f"requests[{row}]") for row, request in enumerate(requests)]
         pictures = dict(self.each(asked, micro))
-        return [pictures[row] for row in range(len(asked))]
+        return [picture for row in range(len(asked)) for picture in pictures[row]]
 
-    def each(self, requests: list[Any], micro: int = 1) -> Iterator[tuple[int, Image.Image]]:
-        """The pictures of `generate_all` as they are made: row of the request and picture, in an order of their own."""
+    def each(self, requests: list[Any], micro: int = 1) -> Iterator[tuple[int, list[Image.Image]]]:
+        """The pictures of `generate_all` as they are made: row of the request and its pictures, in an order of their
+        own."""
         for group in group_rows([self.recipe.setting(request, self.size) for request in requests]):
             for rows in (group[i : i + micro] for i in range(0, len(group), micro)):
-                for row, image in zip(rows, self.sample([requests[row] for row in rows]), strict=True):
-                    yield row, to_image(image)
+                for row, images in zip(rows, self.sample([requests[row] for row in rows]), strict=True):
+                    yield row, [to_image(image) for image in images]
 
     def request(self, given: Any, path: str) -> Any:
         """A Request from a mapping of its fields; `path` names it in messages. A Request stays what it is."""
         return load_schema(self.recipe.Request, given, path) if isinstance(given, Mapping) else given
 
     @torch.no_grad()
-    def sample(self, requests: list[Any]) -> Images:
-        """Pictures of requests that can share a batch, in one call of `recipe.sample`: float32 [R, 3, H, W] in [0, 1].
+    def sample(self, requests: list[Any]) -> list[Tensor]:
+        """Each request's pictures, float32 [P, 3, H, W] in [0, 1], in one call of `recipe.sample` for all.
 
         Each request is encoded by itself, so that it means the same in any company.
         """
+        if not self.recipe.encoders and (words := [r.name for r in requests if not is_encoded(r)]):
+            raise ValueError(f"request {words[0]!r}: has to be encoded, and there are no encoders; expected embeddings")
         encoded = Encoded.join([self.recipe.encode_requests([request], self.size) for request in requests])
         rows = list(range(len(requests)))
         return sample(self.recipe, encoded.select(rows, self.device), self.null, self.device)
 
 
 def load(
-    path: str | Path, device: str | None = None, dtype: str | None = None, average: bool | None = None
+    path: str | Path,
+    device: str | None = None,
+    dtype: str | None = None,
+    average: bool | None = None,
+    encoders: bool = True,
 ) -> Generator:
     """Load trained weights for generation.
 
@@ -113,6 +127,7 @@ def load(
         dtype: "bf16" or "fp32" of network and encoders; default: bf16 on a GPU, fp32 on the CPU.
         average: True for averaged weights, False for raw ones; default: what an export holds, and a checkpoint's
             average if it has one.
+        encoders: False to leave them out, where every request will bring its embeddings.
 
     Raises:
         ValueError: `path` is no such thing or lacks a file, or its tensors are not exactly those the recipe trains.
@@ -120,18 +135,18 @@ def load(
     source = find_source(Path(path), average)
     place = choose_device(device)
     kind = choose_dtype(dtype, place)
-    recipe, models = open_recipe(source, CACHE)
+    recipe, models = open_recipe(source, CACHE, encoders)
     return fill(source, recipe, models, place, kind)
 
 
-def open_recipe(source: Source, cache_dir: Path) -> tuple[Recipe, Models]:
+def open_recipe(source: Source, cache_dir: Path, encoders: bool = True) -> tuple[Recipe, Models]:
     """The recipe that weights belong to, its network on the meta device and told what it starts from.
 
-    `cache_dir` holds tiny parts where the folder that the run had is not on this machine. Raises ValueError for tensors
-    that are not exactly those the recipe trains.
+    `cache_dir` holds tiny parts where the folder that the run had is not on this machine; without `encoders` it can
+    only answer requests that need none. Raises ValueError for tensors that are not exactly those the recipe trains.
     """
     models = Models(source.model, source.cache_dir if source.cache_dir.is_dir() else cache_dir)
-    recipe = build_recipe(source.recipe, models)
+    recipe = build_recipe(source.recipe, models, encoders)
     source.start(recipe.network, models)
     return recipe, models
 

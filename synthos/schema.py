@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
-from synthos.strict import load, unknown
+from synthos.strict import load, read_yaml, unknown
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ class GenerateConfig(JobConfig):
     average: bool | None  # averaged weights or raw ones; default: what an export holds, a checkpoint's average if any
     requests: str | list[dict[str, Any]] | None  # list, or a JSONL file, of the recipe's Request
     dtype: Literal["bf16", "fp32"] | None  # of network and encoders; default: bf16 on a GPU, fp32 on the CPU
-    micro: int  # pictures in one call of the network; above 1 it may change a picture's last bits
+    micro: int  # requests in one call of the network; above 1 it may change a picture's last bits
     grid: int  # columns of grid.png, references above pictures; 0: none
 
 
@@ -213,7 +213,7 @@ STAGES: dict[str, type[JobConfig]] = {"train": RunConfig, "generate": GenerateCo
 def read_job(path: Path) -> JobConfig:
     """The frozen config of a run folder, of whatever stage. Raises ValueError where that is none."""
     try:
-        plain = yaml.safe_load(path.read_text())
+        plain = read_yaml(path)
     except (OSError, yaml.YAMLError) as error:
         raise ValueError(f"{path.parent} is no run folder: {error}") from None
     stage = plain.get("stage") if isinstance(plain, dict) else None

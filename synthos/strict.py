@@ -10,6 +10,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 T = TypeVar("T")
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's: some ten times faster with thousands of requests
+DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 
 def load(cls: type[T], mapping: Mapping[str, Any], path: str = "") -> T:
@@ -27,12 +29,17 @@ def load(cls: type[T], mapping: Mapping[str, Any], path: str = "") -> T:
 
 def read_config(cls: type[T], path: Path) -> T:
     """The frozen config of a run folder."""
-    return load(cls, yaml.safe_load(path.read_text()))
+    return load(cls, read_yaml(path))
+
+
+def read_yaml(path: Path) -> Any:
+    """The plain values of a YAML file; YAMLError for what is none."""
+    return yaml.load(path.read_text(), LOADER)
 
 
 def write_config(value: Any, path: Path) -> None:
     """Freeze a config: plain YAML that `read_config` turns back into the same dataclass."""
-    path.write_text(yaml.safe_dump(dump(value), sort_keys=False, allow_unicode=True))
+    path.write_text(yaml.dump(dump(value), Dumper=DUMPER, sort_keys=False, allow_unicode=True))
 
 
 def dump(value: Any) -> Any:

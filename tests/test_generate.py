@@ -292,7 +292,7 @@ def test_a_dry_run_of_a_job_prints_the_plan_and_writes_nothing(
     shown = capsys.readouterr().out
     assert f"weights:    {trained.checkpoint}, raw, of recipe i2i, model tiny" in shown
     assert f"run folder: {tmp_path / 'generate' / trained.run.name}-step_00000003-" in shown
-    assert "pictures:   7, 2 on a rank: 6 of 64 x 64 pixels, 1 of 32 x 96 pixels" in shown
+    assert "requests:   7, 2 on a rank: 6 of 64 x 64 pixels, 1 of 32 x 96 pixels" in shown
     assert "batch script:" in shown and "--nodes=2" in shown
     assert list(tmp_path.iterdir()) == []
 

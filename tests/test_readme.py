@@ -10,9 +10,9 @@ import pytest
 
 from launch.ask import check_keys, parse_fields, request_fields
 from launch.check import value_problems
-from launch.compose import compose, compose_generate
+from launch.commands import detailmaster
+from launch.compose import choices, compose, compose_generate
 from synthos.build import recipe_class, recipe_config
-from synthos.recipes.i2i import I2IRequest
 from tests.support import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -52,12 +52,17 @@ def test_command_is_understood(page: str, command: str, tmp_path: Path, monkeypa
 
         given = _parser().parse_args(words[3:])
         assert given.images or given.table
+    elif words[:3] == ["synthos", "requests", "detailmaster"]:
+        assert detailmaster.parser().parse_args(words[3:]).dataset
     else:
         assert words[:2] == ["synthos", "generate"], command
-        given, fields = dict(w.split("=", 1) for w in words[2:]), request_fields(recipe_class("i2i"))
+        given = dict(w.split("=", 1) for w in words[2:])
+        group = Path(given["weights"]).parts[1]  # runs/<recipe or experiment>/...
+        recipe = next(recipe_class(name) for name in choices()["recipe"] if group.startswith(name))
+        fields = request_fields(recipe)
         check_keys(given, fields)
-        assert "weights" in given and ("out" in given) != ("cluster" in given)
-        parse_fields(I2IRequest, {k: v for k, v in given.items() if k in fields})
+        assert ("out" in given) != ("cluster" in given)
+        parse_fields(recipe.Request, {k: v for k, v in given.items() if k in fields})
         monkeypatch.chdir(tmp_path)
         compose_generate(given["weights"], [w for w in words[2:] if w.split("=")[0] not in (*fields, "weights")])
 

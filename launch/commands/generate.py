@@ -18,6 +18,7 @@ from launch.identity import sig8_of_generation
 from launch.rundir import open_folder, read_state, run_folder
 from launch.start import start
 from synthos.models.parts import missing
+from synthos.recipes.base import is_encoded, name_pictures
 from synthos.schema import GenerateConfig
 from synthos.weights import Source, find_source
 
@@ -74,65 +75,65 @@ def here(
     from synthos.train.distributed import choose_dtype
 
     assert isinstance(config.requests, list)
-    files = place(out, [row["name"] for row in config.requests], config.grid)
+    requests = [recipe.Request(**row) for row in config.requests]
+    place(out, [[row["name"]] for row in config.requests], config.grid)  # before anything is opened
     where = choose_device(device)
     if absent := missing(source.model):
         raise ValueError("\n".join(absent))
-    requests = [recipe.Request(**row) for row in config.requests]
-    opened, models = open_recipe(source, Path(config.cache_dir))
-    for request in requests:
-        opened.setting(request, source.size)
+    opened, models = open_recipe(source, Path(config.cache_dir), encoders=not all(map(is_encoded, requests)))
+    settings = [opened.setting(request, source.size) for request in requests]
+    files = place(out, name_pictures(settings, alone=True), config.grid)
     generator = fill(source, opened, models, where, choose_dtype(config.dtype, where))
     return lambda: make(generator, requests, files, config)
 
 
-def place(out: Path | None, names: list[str], grid: int) -> list[Path]:
-    """The file of each picture, in the folder `out`, or `out` itself where that is a picture file.
+def place(out: Path | None, names: list[list[str]], grid: int) -> list[list[Path]]:
+    """The files of each request's pictures, in the folder `out`, or `out` itself where that is a picture file.
 
     Raises ValueError for an `out` that can't be either, or can't be written.
     """
     if out is None:
         raise ValueError("out: missing; expected a folder, or a picture file as in out=barn.png")
-    kind = Image.registered_extensions().get(out.suffix.lower())
+    kind, count = Image.registered_extensions().get(out.suffix.lower()), sum(map(len, names))
     is_picture = kind in Image.SAVE and not out.is_dir()
     if out.suffix and not is_picture and not out.is_dir():
         raise ValueError(f"out: {str(out)!r} is not allowed; expected a folder, or a picture file as in {out.stem}.png")
-    if is_picture and len(names) > 1:
-        raise ValueError(f"out: {str(out)!r} is one picture, and {len(names)} are asked for; expected a folder")
-    if not is_picture and grid and len(names) > 1 and GRID.stem in names:
+    if is_picture and count > 1:
+        raise ValueError(f"out: {str(out)!r} is one picture, and {count} are asked for; expected a folder")
+    if not is_picture and grid and count > 1 and any(GRID.stem in own for own in names):
         raise ValueError(f"requests: the name {GRID.stem!r} is that of {GRID}; expected another, or grid=0")
     folder = out.parent if is_picture else out
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ValueError(f"out: {folder} can't be written: {there} is no folder that this user may write to")
-    return [out] if is_picture else [out / f"{name}.png" for name in names]
+    return [[out if is_picture else out / f"{name}.png" for name in own] for own in names]
 
 
-def make(generator: Any, requests: list[Any], files: list[Path], config: GenerateConfig) -> int:
+def make(generator: Any, requests: list[Any], files: list[list[Path]], config: GenerateConfig) -> int:
     """Make every picture, and a grid of several; Ctrl-C leaves those that are made."""
     from synthos.generate_job import draw_grid, save
     from synthos.train.progress import Countdown
 
-    files[0].parent.mkdir(parents=True, exist_ok=True)
-    countdown = Countdown(len(files))
-    pictures: dict[int, Image.Image] = {}
+    every = [file for own in files for file in own]
+    every[0].parent.mkdir(parents=True, exist_ok=True)
+    countdown = Countdown(len(every))
     try:
-        for row, picture in generator.each(requests, config.micro):
-            save(picture, files[row])
-            pictures[row] = picture
-            countdown.add(1)
+        for row, pictures in generator.each(requests, config.micro):
+            for picture, file in zip(pictures, files[row], strict=True):
+                save(picture, file)
+            countdown.add(len(pictures))
     except KeyboardInterrupt:
-        print(f"interrupted: {len(pictures)} of {len(files)} pictures are in {files[0].parent}", file=sys.stderr)
+        done = f"{countdown.done} of {len(every)} pictures are in {every[0].parent}"
+        print(f"interrupted: {done}", file=sys.stderr)
         return 130
     finally:
         countdown.close()
-    made = [pictures[row] for row in range(len(files))]
-    if config.grid and len(made) > 1:
-        grid = draw_grid(requests, made, config.grid)
-        save(grid, files[0].parent / GRID)
-        files, made = [*files, files[0].parent / GRID], [*made, grid]
-    for file, picture in zip(files, made, strict=True):
-        print(f"{file}  {picture.width} x {picture.height}")
+    if config.grid and len(every) > 1:
+        every.append(every[0].parent / GRID)
+        save(draw_grid(requests, files, config.grid), every[-1])
+    for file in every:
+        with Image.open(file) as picture:
+            print(f"{file}  {picture.width} x {picture.height}")
     return 0
 
 
@@ -151,8 +152,7 @@ def as_job(plan: GeneratePlan, command: list[str], following: bool) -> Callable[
         raise ValueError("\n".join(plan.missing))
     recipe, _ = open_recipe(plan.source, Path(plan.config.cache_dir))
     assert isinstance(plan.config.requests, list)
-    for row in plan.config.requests:
-        recipe.setting(recipe.Request(**row), plan.source.size)
+    name_pictures([recipe.setting(recipe.Request(**row), plan.source.size) for row in plan.config.requests])
 
     def prepare() -> None:
         print(plan.render())

@@ -1,4 +1,4 @@
-"""Arrays that another model has left in a file: .npy, or .safetensors of one tensor."""
+"""Arrays that another model has left in a file: .npy, or .safetensors."""
 
 import zipfile
 from pathlib import Path
@@ -10,14 +10,23 @@ SUFFIXES = (".npy", ".safetensors")
 
 
 def read_embedding(path: Path) -> NDArray[np.float32]:
-    """The one array of a file, float32. Raises ValueError for another kind of file, and for what is no array of floats.
+    """The one array of a file; ValueError as in `read_embeddings`, and for a file of several."""
+    arrays = read_embeddings(path)
+    if len(arrays) != 1:
+        raise ValueError(f"holds {len(arrays)} tensors; expected one")
+    return next(iter(arrays.values()))
 
-    Nothing of a file is run: no pickled objects.
+
+def read_embeddings(path: Path) -> dict[str, NDArray[np.float32]]:
+    """All arrays of a file by their names, float32; that of a .npy file has none and is called "".
+
+    Raises ValueError for another kind of file, and for what is no array of floats. Nothing of a file is run: no pickled
+    objects.
     """
     if path.suffix not in SUFFIXES:
         raise ValueError(f"is no {' or '.join(SUFFIXES)} file")
-    array = _read_npy(path) if path.suffix == ".npy" else _read_safetensors(path)
-    return array.astype(np.float32)
+    arrays = {"": _read_npy(path)} if path.suffix == ".npy" else _read_safetensors(path)
+    return {name: array.astype(np.float32) for name, array in arrays.items()}
 
 
 def _read_npy(path: Path) -> NDArray[np.floating]:
@@ -35,7 +44,7 @@ def _read_npy(path: Path) -> NDArray[np.floating]:
     return array
 
 
-def _read_safetensors(path: Path) -> NDArray[np.floating]:
+def _read_safetensors(path: Path) -> dict[str, NDArray[np.floating]]:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -43,9 +52,7 @@ def _read_safetensors(path: Path) -> NDArray[np.floating]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # safe_open is no mapping
     except SafetensorError as error:
         raise ValueError(f"is no whole safetensors file: {error}") from None
-    if len(tensors) != 1:
-        raise ValueError(f"holds {len(tensors)} tensors; expected one")
-    (tensor,) = tensors.values()
-    if not tensor.is_floating_point():
-        raise ValueError(f"holds {tensor.dtype}; expected floating-point numbers")
-    return tensor.float().numpy()  # type: ignore[no-any-return]
+    odd = [name for name, tensor in tensors.items() if not tensor.is_floating_point()]
+    if odd:
+        raise ValueError(f"holds {tensors[odd[0]].dtype}; expected floating-point numbers")
+    return {name: tensor.float().numpy() for name, tensor in tensors.items()}

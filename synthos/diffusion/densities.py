@@ -1,9 +1,26 @@
 """How often training asks at which noise level: densities on [0, 1] by their inverse CDFs, and loss weights."""
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+Density = Literal["logit_normal", "mode", "cosmap", "sigma_sqrt"]  # the last two are weights, of uniform levels
+MODE_SCALE = 1.75  # at most: `mode` falls for scales from -1 to 2 / (pi - 2) = 1.7519...
+
+
+def place(density: Density, u: Tensor, mean: float, std: float, scale: float) -> Tensor:
+    """Uniform numbers [B] to places on the grid in [0, 1): small ones are high noise."""
+    if density == "logit_normal":
+        return logit_normal(u, mean, std)
+    return mode(u, scale) if density == "mode" else u
+
+
+def weights(density: Density, sigma: Tensor) -> Tensor:
+    """Loss weights at the noise levels `sigma`, float64 [B]; 1 for a density that levels are drawn by."""
+    weigh = {"cosmap": cosmap_weights, "sigma_sqrt": sigma_sqrt_weights}.get(density, torch.ones_like)
+    return weigh(sigma.double())
 
 
 def logit_normal(u: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:

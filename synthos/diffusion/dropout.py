@@ -8,7 +8,14 @@ def drop(condition: Tensor, null: Tensor, uniform: Tensor, probability: float) -
     """`condition` [B, ...] with the null condition [1, ...] in the rows where `uniform` [B] < `probability`.
 
     Every condition draws its own uniform, so two conditions are dropped together with the product of their
-    probabilities. A select, not a product with a mask: the kept rows are bit-identical and get all of the gradient.
+    probabilities.
     """
-    dropped = (uniform < probability).view(-1, *[1] * (condition.ndim - 1))  # [B, 1, ...]
-    return torch.where(dropped, null.to(condition), condition)
+    return replace(condition, null, uniform < probability)
+
+
+def replace(condition: Tensor, null: Tensor, rows: Tensor) -> Tensor:
+    """`condition` [B, ...] with the null condition [1, ...] in the `rows` that are true, [B].
+
+    A select, not a product with a mask: the kept rows are bit-identical and get all of the gradient.
+    """
+    return torch.where(rows.view(-1, *[1] * (condition.ndim - 1)), null.to(condition), condition)

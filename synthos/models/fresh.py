@@ -9,20 +9,25 @@ from torch import Tensor, nn
 from synthos.models.tensors import Tensors, seeded
 
 NORMS = (nn.LayerNorm, nn.GroupNorm)
+TRANSFORMERS = (nn.TransformerEncoder, nn.TransformerDecoder)
 
 
 def fresh(module: nn.Module, seed: int, prefix: str = "") -> Tensors:
     """Every parameter of `module`, by its name behind `prefix`, as torch would start it.
 
     Matrices and kernels and their biases are uniform within 1 / sqrt(inputs); those of attention's three joint
-    projections within sqrt(6 / (inputs + outputs)), with zero biases; norms are the identity; what is none of these, a
-    learned token, is N(0, 1). The values are the same on every rank, whatever else is drawn.
+    projections, and every matrix of encoder and decoder as `nn.Transformer` starts them, within sqrt(6 / (inputs +
+    outputs)); attention's biases are zero; norms are the identity; what is none of these, a learned token, is N(0, 1).
+    The values are the same on every rank, whatever else is drawn.
     """
     init: Tensors = {}
+    xavier = {id(p) for m in module.modules() if isinstance(m, TRANSFORMERS) for p in m.parameters() if p.ndim > 1}
     for path, owner in module.named_modules():
         for name, parameter in owner.named_parameters(recurse=False):
             full = f"{prefix}{path}.{name}" if path else f"{prefix}{name}"
-            init[full] = seeded(seed, full, partial(_draw, parameter.shape, *_kind(owner, name)))
+            bound = math.sqrt(6 / sum(parameter.shape))
+            kind = ("uniform", bound) if id(parameter) in xavier else _kind(owner, name)
+            init[full] = seeded(seed, full, partial(_draw, parameter.shape, *kind))
     return init
 
 

@@ -65,6 +65,8 @@ def start_from(config: RunConfig, network: nn.Module, models: Models) -> None:
     start from without any.
     """
     if config.init_from is not None:
+        if closed := models.added(network).closed:
+            raise ValueError(f"init_from: {config.init_from} would be ignored: {closed}")
         _take(_found(config.init_from), config, network, models)
     models.check_start(network)
 

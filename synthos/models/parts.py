@@ -30,11 +30,13 @@ class Added:
         names: the parameters that those files do not give.
         adopt: which of its parameters weights of another origin give; None: no such weights are known.
         waiting: parameters that only other weights can give, each with what to do about it.
+        closed: why a run's network can't start from other weights; None: it can.
     """
 
     names: set[str] = field(default_factory=set)
     adopt: Adopt | None = None
     waiting: dict[str, str] = field(default_factory=dict)
+    closed: str | None = None
 
 
 @dataclass

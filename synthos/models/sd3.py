@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from synthos.batch import Features
 from synthos.models.decomposer import Decomposer, initial_values
 from synthos.models.meta import meta_parameters
 from synthos.models.parts import Models
@@ -134,6 +135,25 @@ def build_transformer(models: Models) -> Any:
     return transformer
 
 
+def find_components(
+    network: nn.Module, prompts: list[Features], row: Tensor, part: Tensor, dtype: torch.dtype
+) -> Features:
+    """What `predict` is given for the component `part` of the prompt `row`, each int64 [K], under all of `prompts`.
+
+    Args:
+        prompts: features of as many prompts each: one for every branch of guidance.
+        dtype: of the computation.
+
+    Returns:
+        `components` [branches x K, 1, T, D], `clip` and `pooled`, one branch after the other.
+    """
+    prompt = {name: torch.cat([branch[name] for branch in prompts]).to(dtype) for name in prompts[0]}
+    found = network(text=prompt["text"])[0]  # [branches x R, N, T, D]
+    rows = torch.cat([row + index * len(found) // len(prompts) for index in range(len(prompts))])
+    components = found[rows, part.repeat(len(prompts))].unsqueeze(1)
+    return {"components": components, "clip": prompt["clip"][rows], "pooled": prompt["pooled"][rows]}
+
+
 def predict(
     network: nn.Module,
     x_t: Tensor,
@@ -150,3 +170,10 @@ def predict(
     inputs = {name: value.to(dtype) for name, value in condition.items()}
     components, velocities = network(x_t=x_t.to(dtype), t=t.float(), **inputs)
     return components, velocities.float()
+
+
+@torch.no_grad()
+def teach(network: nn.Module, x_t: Tensor, t: Tensor, prompt: Features, dtype: torch.dtype) -> Tensor:
+    """The frozen transformer's velocity under the whole prompt, float32 [B, C, h, w]; arguments as of `predict`."""
+    whole = {"components": prompt["text"].unsqueeze(1), "clip": prompt["clip"], "pooled": prompt["pooled"]}
+    return predict(network, x_t, t, whole, dtype)[1].squeeze(1)

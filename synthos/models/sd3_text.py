@@ -1,20 +1,24 @@
 """Texts as Stable Diffusion 3 reads them: CLIP-L and OpenCLIP bigG side by side, and T5 (arXiv 2403.03206, 3.3)."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from synthos.batch import Features
+from synthos.data.embedding import read_embeddings
 from synthos.models.parts import Models
 from synthos.models.text import EOS, TINY_TOKENIZER, VOCABULARY, save_tiny_tokenizer
 from synthos.models.tiny import Tiny
 
 CLIP_LENGTH = 77  # tokens that CLIP has positions for
+STORED = {"text": "t5", "clip": "clip", "pooled": "pooled"}  # what a prompt's features are called in files of others
+ClipText = Literal["cut", "segments"]
 BOS = "<s>"
 SENTENCE = re.compile(r"(?<=[.!?;])\s+|\n+")  # between two sentences
 PADDING_STATES = 60  # of the empty prompt, the last ones: their mean stands for no token
@@ -106,6 +110,67 @@ def load_tokenizers(models: Models) -> Tokenizers:
     clips = [models.folder(part, TINY_CLIP_TOKENIZER) for part in ("tokenizer", "tokenizer_2")]
     t5 = AutoTokenizer.from_pretrained(models.folder("tokenizer_3", TINY_TOKENIZER))
     return Tokenizers([AutoTokenizer.from_pretrained(folder) for folder in clips], t5)
+
+
+def check_clip(text: ClipText, length: int) -> None:
+    """Raise ValueError for a `length` of CLIP's states that the way to read a text does not give."""
+    if text == "cut" and length != CLIP_LENGTH:
+        raise ValueError(
+            f"recipe.clip_length: {length} is not allowed with recipe.clip_text=cut; expected {CLIP_LENGTH}, or "
+            "recipe.clip_text=segments"
+        )
+
+
+def prompt_shapes(models: Models, text_length: int, clip_length: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of what `encode_prompts` gives of one prompt, without building an encoder."""
+    clips = [models.settings(part, tiny) for part, tiny in TINY_CLIPS.items()]
+    states, pooled = (sum(int(clip[key]) for clip in clips) for key in ("hidden_size", "projection_dim"))
+    return {"text": (text_length, t5_width(models)), "clip": (clip_length, states), "pooled": (pooled,)}
+
+
+def load_prompt(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Features:
+    """A prompt that was encoded elsewhere, as `encode_prompts` gives one, float32 [1, ...].
+
+    The file's tensors are called as in `STORED` and have these `shapes`, or them with a 1 before. Raises ValueError for
+    others, and for what is not finite.
+    """
+    found = {name: torch.from_numpy(array) for name, array in read_embeddings(path).items()}
+    expected = ", ".join(f"{STORED[name]} {list(shape)}" for name, shape in shapes.items())
+    if set(found) != set(STORED.values()):
+        names = ", ".join(sorted(found)) if path.suffix == ".safetensors" else "one array"
+        raise ValueError(f"holds {names or 'nothing'}; expected a .safetensors file of {expected}")
+    for name, shape in shapes.items():
+        if tuple(found[STORED[name]].shape) not in (shape, (1, *shape)):
+            raise ValueError(f"{STORED[name]} has shape {list(found[STORED[name]].shape)}; expected {expected}")
+        if not found[STORED[name]].isfinite().all():
+            raise ValueError(f"{STORED[name]} holds values that are not finite")
+    return {name: found[STORED[name]].reshape(1, *shape) for name, shape in shapes.items()}
+
+
+def encode_prompts(
+    encoders: nn.ModuleDict,
+    tokenizers: Tokenizers,
+    texts: list[str],
+    text_length: int,
+    clip_text: ClipText,
+    clip_length: int,
+    filled_to: int | None = None,
+) -> Features:
+    """T5's states `text` [B, text_length, D], CLIP's `clip` [B, clip_length, D1 + D2] and `pooled` [B, P1 + P2].
+
+    Args:
+        encoders: `clip_l`, `clip_g` and `t5`.
+        clip_text: `cut`: CLIP sees the first 77 tokens; `segments`: every sentence by itself.
+        filled_to: length that T5's states are filled up to with zeros, which nobody is meant to read.
+    """
+    clips = [encoders["clip_l"], encoders["clip_g"]], tokenizers.clips
+    if clip_text == "cut":
+        clip, pooled = encode_clips(*clips, texts)
+    else:
+        clip, pooled = encode_segments(*clips, texts, clip_length)
+    text = encode_t5(encoders["t5"], tokenizers.t5, texts, text_length)
+    text = nn.functional.pad(text, (0, 0, 0, (filled_to or text_length) - text_length))
+    return {"text": text, "clip": clip, "pooled": pooled}
 
 
 @torch.no_grad()

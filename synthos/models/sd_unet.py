@@ -45,18 +45,19 @@ def context_width(models: Models) -> int:
 def build_unet(models: Models, projector: Projector, start: Start) -> Any:
     """The part `unet`, a `UNet2DConditionModel` whose context is the projector's.
 
-    A base model gets a fresh projector, and with `scratch` fresh weights of its own, from its config; an export of ours
-    gives both. Raises ValueError for an export with another projector.
+    A base model gets a fresh projector, an export of ours has its own. With `scratch` only the config counts: UNet and
+    projector start afresh, and take no other weights. Raises ValueError for an export with another projector.
     """
     unet: Any = models.build("unet", TINY_UNET)
     unet.projector = projector
     unet.register_forward_pre_hook(_project, with_kwargs=True)
-    where = {} if models.meta_only else tensor_files(models.folder("unet", TINY_UNET))
+    where = {} if models.meta_only or start == "scratch" else tensor_files(models.folder("unet", TINY_UNET))
     stored = {name for name in where if name.startswith(f"{PROJECTOR}.")}
-    if stored:
-        models.extend(unet, _exported(unet, where, stored))
+    if start == "scratch":
+        models.extend(unet, fresh(unet, models.seed))
+        models.added(unet).closed = "recipe.unet=from_scratch starts from no weights; expected recipe.unet=trained"
     else:
-        models.extend(unet, fresh(unet, models.seed) if start == "scratch" else _projector_init(projector, models.seed))
+        models.extend(unet, _exported(unet, where, stored) if stored else _projector_init(projector, models.seed))
     return unet.requires_grad_(False)
 
 

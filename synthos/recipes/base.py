@@ -24,11 +24,11 @@ from synthos.keys import Draws
 from synthos.models.parts import Models
 from synthos.models.tensors import save_tensors
 
-Images = Tensor  # [R, 3, H, W], float32 in [0, 1]
+# [P, 3, H, W], float32 in [0, 1]: the pictures of the first request, then those of the second, ...
+Images = Tensor
 FILES = ("reference", "embedding")  # fields of a Request so called, whatever follows, name files: pictures, arrays
-# Settings that all requests of one batch share. A recipe that makes several pictures of a request, side by side, says
-# how many in `pictures`; others need not have it.
-GROUP_BY = ("height", "width", "steps", "sampler", "guided", "pictures")
+# Settings that all requests of one batch share; those that a recipe's settings lack count as equal.
+GROUP_BY = ("height", "width", "steps", "sampler", "guided", "max_sequence_length")
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Encoded:
     """Requests as the network meets them; the settings of one request are plain JSON values.
 
     Every setting holds at least name, prompt, seed, height, width, steps, sampler and guided, the number of branches
-    that guidance takes (0: none).
+    that guidance takes (0: none). Where several pictures answer a request, `pictures` lists their names.
     """
 
     conditions: Features  # each [R, ...]
@@ -79,7 +79,10 @@ class Recipe(Protocol):
     """One learning task. The file names its class in `RECIPE`; `build` finds it by the file's name."""
 
     Config: ClassVar[type]  # dataclass: every hyperparameter, its unit in a trailing comment
-    Request: ClassVar[type]  # dataclass: what one picture is asked with; see `FILES` for fields that name files
+    # dataclass: what a picture, or a set of them, is asked with. See `FILES` for fields that name files, and
+    # `is_encoded` for a property that it may have.
+    Request: ClassVar[type]
+    from_split: ClassVar[dict[str, Any]]  # of a Request that asks for a held-out sample, beside prompt and reference
     inputs: ClassVar[dict[str, Input]]
     features: ClassVar[dict[str, Feature]]
     size_multiple: ClassVar[int]  # what height and width of a picture must divide by
@@ -126,22 +129,53 @@ class Recipe(Protocol):
     def sample(self, requests: Encoded, null: Features, draws: Draws) -> Images: ...
 
 
+def is_encoded(request: Any) -> bool:
+    """Whether nothing of a request needs an encoder, as its property `is_encoded` says; without one, something does."""
+    return getattr(request, "is_encoded", False)
+
+
+def count_pictures(settings: list[dict[str, Any]]) -> list[int]:
+    """How many pictures answer each request."""
+    return [len(setting.get("pictures", [""])) for setting in settings]
+
+
+def name_pictures(settings: list[dict[str, Any]], alone: bool = False) -> list[list[str]]:
+    """The name of each picture of each request, of which its file and its place in W&B are made.
+
+    `<request>`, or `<request>_<picture>` where several answer it; `<picture>` where it is `alone`, the only request of
+    a command. Raises ValueError where two pictures would have one name.
+    """
+    names = []
+    for setting in settings:
+        own, pictures = setting["name"], setting.get("pictures")
+        before = "" if alone and len(settings) == 1 else f"{own}_"
+        names.append([f"{before}{picture}" for picture in pictures] if pictures is not None else [own])
+    flat = [name for own in names for name in own]
+    if len(set(flat)) < len(flat):
+        twice = next(name for name in flat if flat.count(name) > 1)
+        raise ValueError(f"requests: two pictures would be called {twice!r}; expected other names of requests")
+    return names
+
+
 def file_fields(request: dict[str, Any]) -> dict[str, str]:
     """The fields of a request, or of its settings, that name files, with the paths they hold."""
     return {key: value for key, value in request.items() if key.startswith(FILES) and isinstance(value, str)}
 
 
-def check_setting(setting: dict[str, Any], multiple: int, scales: tuple[str, ...]) -> None:
-    """Raise ValueError for a size that is no multiple, for no steps, and for a guidance scale that is no number."""
+def check_setting(setting: dict[str, Any], multiple: int, scales: tuple[str, ...], largest: float = math.inf) -> None:
+    """Raise ValueError for a size that is no multiple or too large, for no steps, and for a scale that is no number."""
     named = f"request {setting['name']!r}"
     for key in ("height", "width"):
         if setting[key] % multiple or setting[key] <= 0:
             raise ValueError(f"{named}: {key} {setting[key]} is no multiple of {multiple}")
+        if setting[key] > largest:
+            raise ValueError(f"{named}: {key} {setting[key]} is not allowed; expected at most {largest}")
     if setting["steps"] < 1:
         raise ValueError(f"{named}: steps {setting['steps']} is not allowed; expected 1 or more")
     for key in scales:
-        if not math.isfinite(setting[key]):
-            raise ValueError(f"{named}: {key} {setting[key]} is not allowed; expected a finite number")
+        for scale in setting[key] if isinstance(setting[key], list) else [setting[key]]:
+            if not math.isfinite(scale):
+                raise ValueError(f"{named}: {key} {scale} is not allowed; expected a finite number")
 
 
 def group_rows(settings: list[dict[str, Any]]) -> list[list[int]]:

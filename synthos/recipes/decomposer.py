@@ -18,6 +18,7 @@ A dropped prompt is the empty one, decomposed as well; guidance: v = 1/N sum_i [
 import dataclasses
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -25,8 +26,8 @@ from torch import Tensor, nn
 
 from synthos.batch import Batch, Feature, Features, Input
 from synthos.diffusion import densities
-from synthos.diffusion.composition import mean_by
-from synthos.diffusion.dropout import drop
+from synthos.diffusion.composition import guided_mean, trajectories
+from synthos.diffusion.dropout import drop, replace
 from synthos.diffusion.noising import interpolate, velocity_target
 from synthos.diffusion.sampling import sample_flow
 from synthos.diffusion.timesteps import index_from_uniform, shifted_grid
@@ -37,7 +38,10 @@ from synthos.models.parts import Models
 from synthos.recipes.base import Encoded, Images, Loss, check_setting
 
 PROMPT = ("text", "clip", "pooled")  # the features of a prompt, dropped together
-MODE_SCALE = 1.75  # at most; the density has an inverse from -1 to 2 / (pi - 2) = 1.7519...
+PROMPTS = {
+    "prompt": "embedding",
+    "negative_prompt": "embedding_negative",
+}  # of a request: as text, or encoded in a file
 
 
 @dataclass(frozen=True)
@@ -48,10 +52,10 @@ class DecomposerConfig:
     num_heads: int  # of the resampler's attention
     num_layers: int  # of the resampler
     text_length: int  # T5 tokens; every prompt is cut or padded to exactly this many
-    clip_text: Literal["cut", "segments"]  # CLIP sees the first 77 tokens, or every sentence by itself
+    clip_text: sd3_text.ClipText  # cut or segments: CLIP sees the first 77 tokens, or every sentence by itself
     clip_length: int  # CLIP tokens in the transformer's context
     shift: float  # of the noise levels, in training and sampling
-    density: Literal["logit_normal", "mode", "cosmap", "sigma_sqrt"]  # of the noise levels; the last two are weights
+    density: densities.Density  # logit_normal, mode, cosmap or sigma_sqrt: the noise levels; the last two are weights
     logit_mean: float  # of logit_normal
     logit_std: float  # of logit_normal
     mode_scale: float  # of mode
@@ -71,22 +75,23 @@ class DecomposerConfig:
         if not (min(weights) >= 0 and 0 < sum(weights) < math.inf):
             said = "{} and {} are not allowed; expected numbers 0 or more, one of them above 0".format(*weights)
             raise ValueError(f"recipe.diff_weight, recipe.kd_weight: {said}")
-        if not -1 <= self.mode_scale <= MODE_SCALE:
-            raise ValueError(f"recipe.mode_scale: {self.mode_scale} is not allowed; expected -1 to {MODE_SCALE}")
-        if self.clip_text == "cut" and self.clip_length != sd3_text.CLIP_LENGTH:
+        if not -1 <= self.mode_scale <= densities.MODE_SCALE:
             raise ValueError(
-                f"recipe.clip_length: {self.clip_length} is not allowed with recipe.clip_text=cut; expected "
-                f"{sd3_text.CLIP_LENGTH}, or recipe.clip_text=segments"
+                f"recipe.mode_scale: {self.mode_scale} is not allowed; expected -1 to {densities.MODE_SCALE}"
             )
+        sd3_text.check_clip(self.clip_text, self.clip_length)
 
 
 @dataclass(frozen=True)
 class DecomposerRequest:
-    """One picture asked for. What is null is the recipe's default, or the training size."""
+    """A picture asked for, or a set of them. What is null is the recipe's default, or the training size."""
 
     name: str
     prompt: str = ""
     negative_prompt: str = ""  # decomposed like the prompt
+    embedding: str | None = None  # .safetensors file of the encoded prompt: t5, clip, pooled
+    embedding_negative: str | None = None  # the same of the negative prompt; null: the empty one, as in training
+    max_sequence_length: int | None = None  # T5 tokens, at most those of training, which are the default
     height: int | None = None  # pixels
     width: int | None = None  # pixels
     steps: int = 20
@@ -96,13 +101,23 @@ class DecomposerRequest:
     component: int | None = None  # 0 to N - 1: this component alone; null: all of them, composed
     save_components: bool = False  # beside the composition stands each component alone, from the same noise
 
+    def __post_init__(self) -> None:
+        for key, embedding in (*PROMPTS.items(), *(("max_sequence_length", e) for e in PROMPTS.values())):
+            if getattr(self, key) and getattr(self, embedding) is not None:
+                raise ValueError(f"request {self.name!r}: {key} and {embedding} are both set; expected one of them")
+
+    @property
+    def is_encoded(self) -> bool:
+        return self.embedding is not None and not self.negative_prompt
+
 
 class DecomposerRecipe:
     Config: ClassVar[type] = DecomposerConfig
     Request: ClassVar[type] = DecomposerRequest
+    from_split: ClassVar[dict[str, Any]] = {"save_components": True}
     size_multiple: ClassVar[int] = 16  # 8 for the VAE, 2 for the transformer's patches
     inputs: ClassVar[dict[str, Input]] = {
-        "image": Input("image", ("jpg", "jpeg", "png", "webp")),
+        "image": Input("image", ("jpg", "jpeg", "png", "webp", "avif")),
         "text": Input("text", ("txt",)),
     }
     features: ClassVar[dict[str, Feature]] = {
@@ -116,6 +131,7 @@ class DecomposerRecipe:
         width = sd3_text.t5_width(models) if config.width == "t5" else config.width
         sizes = config.num_components, config.num_tokens, width, config.num_heads, config.num_layers
         self.network = sd3.build_network(models, *sizes)
+        self.shapes = sd3_text.prompt_shapes(models, config.text_length, config.clip_length)
         self.frozen = nn.ModuleDict({"vae": autoencoder_kl.build_autoencoder(models)})
         self.encoders = nn.ModuleDict()
         if encoders:
@@ -123,12 +139,10 @@ class DecomposerRecipe:
             self.encoders["t5"] = sd3_text.build_t5(models)
             self.tokenizers = None if models.meta_only else sd3_text.load_tokenizers(models)
         self.grid = shifted_grid(1000, config.shift)  # float64 [1000], descending
-        weigh = {"cosmap": densities.cosmap_weights, "sigma_sqrt": densities.sigma_sqrt_weights}
-        self.weight = weigh.get(config.density, torch.ones_like)(self.grid)  # float64 [1000]
+        self.weight = densities.weights(config.density, self.grid)  # float64 [1000]
 
     def fsdp_units(self) -> list[nn.Module]:
-        decomposer, transformer = self.network.decomposer, self.network.transformer
-        return [*decomposer.layers, decomposer, *transformer.transformer_blocks]
+        return [*self.network.decomposer.layers, self.network.decomposer, *self.network.transformer.transformer_blocks]
 
     def param_groups(self) -> dict[str, list[nn.Parameter]]:
         return {"decomposer": list(self.network.decomposer.parameters())}
@@ -140,8 +154,9 @@ class DecomposerRecipe:
 
     def encode_requests(self, requests: list[Any], size: tuple[int, int]) -> Encoded:
         settings = [self.setting(request, size) for request in requests]
-        prompts, negatives = ([s[key] for s in settings] for key in ("prompt", "negative_prompt"))
-        return Encoded(self._encode_text(prompts), self._encode_text(negatives), settings)
+        both = [[self._prompt(setting, key) for setting in settings] for key in PROMPTS]
+        prompts, negatives = ({name: torch.cat([one[name] for one in side]) for name in PROMPT} for side in both)
+        return Encoded(prompts, negatives, settings)
 
     def null(self) -> Features:
         """The empty prompt as each encoder has it, [1, ...]."""
@@ -149,14 +164,14 @@ class DecomposerRecipe:
 
     def loss(self, features: Features, null: Features, draws: Draws) -> Loss:
         latents, config = features["latents"], self.config
-        index = index_from_uniform(self._level(draws.uniform("t")), len(self.grid))
+        form = config.logit_mean, config.logit_std, config.mode_scale
+        index = index_from_uniform(densities.place(config.density, draws.uniform("t"), *form), len(self.grid))
         sigma, weight = (table.to(index.device)[index].to(latents) for table in (self.grid, self.weight))
         noise, dropped = draws.normal("noise", latents.shape[1:]), draws.uniform("drop_text")
         prompt = {name: drop(features[name], null[name], dropped, config.drop_text) for name in PROMPT}
-        x_t = interpolate(latents, noise, sigma)
-        targets = {"diff": velocity_target(latents, noise)}
+        x_t, targets = interpolate(latents, noise, sigma), {"diff": velocity_target(latents, noise)}
         if config.kd_weight:
-            targets["kd"] = self._teach(x_t, 1000 * sigma, prompt)
+            targets["kd"] = sd3.teach(self.network, x_t, 1000 * sigma, prompt, self.compute_dtype)
         components, velocities = sd3.predict(self.network, x_t, 1000 * sigma, prompt, self.compute_dtype)
         scale = weight * sigma.square() if config.space == "x0" else weight
         errors = {name: (velocities.mean(1) - target).square() for name, target in targets.items()}
@@ -167,83 +182,69 @@ class DecomposerRecipe:
         return Loss(total, sigma, {name: part.detach() for name, part in parts.items()})
 
     def sample(self, requests: Encoded, null: Features, draws: Draws) -> Images:
-        """Each request's picture; with `save_components`, the composition and then each component, side by side."""
         setting, settings, device = requests.settings[0], requests.settings, requests.conditions["text"].device
-        shown = [(row, picked) for row, s in enumerate(settings) for picked in self._shown(s)]  # one trajectory each
-        calls = [(number, row, i) for number, (row, picked) in enumerate(shown) for i in picked]
-        trajectory, row, part = torch.tensor(calls, device=device).T  # each [K]
-        branches = [requests.negatives, requests.conditions] if setting["guided"] else [requests.conditions]
-        context = self._find(branches, row, part)
-        scale = torch.tensor([s["guidance"] for s in settings], device=device)[row].view(-1, 1, 1, 1)
+        picture, row, part, owner = trajectories([s["shown"] for s in settings], device)
+        branches, scale = [requests.conditions], None
+        if setting["guided"]:
+            trained = torch.tensor([s["as_trained"] for s in settings], device=device)
+            branches.insert(0, {name: replace(v, null[name], trained) for name, v in requests.negatives.items()})
+            scale = torch.tensor([s["guidance"] for s in settings], device=device)[row]
+        branches = [branch | {"text": branch["text"][:, : setting["max_sequence_length"]]} for branch in branches]
+        context = sd3.find_components(self.network, branches, row, part, self.compute_dtype)
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
-            x, t = (torch.cat([value[trajectory]] * len(branches)) for value in (x, t))
+            x, t = (torch.cat([value[picture]] * len(branches)) for value in (x, t))
             v = sd3.predict(self.network, x, t, context, self.compute_dtype)[1].squeeze(1)
-            if setting["guided"]:
-                without, given = v.chunk(2)
-                v = without + scale * (given - without)
-            return mean_by(v, trajectory, len(shown))
+            return guided_mean(v, scale, picture, len(owner))
 
-        owner = torch.tensor([row for row, _ in shown], device=device)
         shape = (self.network.config.in_channels, setting["height"] // 8, setting["width"] // 8)
-        noise = draws.normal("noise", shape)[owner]
+        noise = draws.normal("noise", shape)[owner]  # one for all pictures of a request
         latents = sample_flow(velocity, noise, setting["steps"], self.config.shift, setting["sampler"])
-        pictures = autoencoder_kl.decode_latents(self.frozen["vae"], latents)
-        return torch.stack([torch.cat(list(pictures[owner == row]), dim=-1) for row in range(len(settings))])
-
-    def _find(self, branches: list[Features], row: Tensor, part: Tensor) -> Features:
-        """What the transformer is given for the component `part` of the request `row`, each [K], in every branch."""
-        prompt = {name: torch.cat([branch[name] for branch in branches]).to(self.compute_dtype) for name in PROMPT}
-        found = self.network(text=prompt["text"])[0]  # [branches x R, N, T, D]
-        rows = torch.cat([row + index * len(found) // len(branches) for index in range(len(branches))])
-        components = found[rows, part.repeat(len(branches))].unsqueeze(1)  # [branches x K, 1, T, D]
-        return {"components": components, "clip": prompt["clip"][rows], "pooled": prompt["pooled"][rows]}
+        return autoencoder_kl.decode_latents(self.frozen["vae"], latents)
 
     def setting(self, request: DecomposerRequest, size: tuple[int, int]) -> dict[str, Any]:
-        setting = dataclasses.asdict(request)
-        defaults = {"height": size[0], "width": size[1], "guidance": self.config.guidance}
+        setting, length, scale = dataclasses.asdict(request), self.config.text_length, self.config.guidance
+        defaults = {"height": size[0], "width": size[1], "guidance": scale, "max_sequence_length": length}
         setting |= {key: value for key, value in defaults.items() if setting[key] is None}
-        named, last = f"request {request.name!r}", self.config.num_components - 1
-        check_setting(setting, self.size_multiple, ("guidance",))
-        if max(setting["height"], setting["width"]) > (largest := 16 * self.network.config.pos_embed_max_size):
-            raise ValueError(f"{named}: height and width of more than {largest} are not allowed")
-        if setting["negative_prompt"] and setting["guidance"] == 1:
-            raise ValueError(f"{named}: negative_prompt has no effect with guidance 1; expected none, or another scale")
-        if request.component is not None and (request.save_components or not 0 <= request.component <= last):
-            allowed = "null with save_components" if request.save_components else f"0 to {last}, or null"
+        named, every = f"request {request.name!r}", list(range(self.config.num_components))
+        check_setting(setting, self.size_multiple, ("guidance",), 16 * self.network.config.pos_embed_max_size)
+        if not 1 <= (asked := setting["max_sequence_length"]) <= length:
+            raise ValueError(f"{named}: max_sequence_length {asked} is not allowed; expected 1 to {length}, as trained")
+        if request.component is not None and (request.save_components or request.component not in every):
+            allowed = "null with save_components" if request.save_components else f"0 to {every[-1]}, or null"
             raise ValueError(f"{named}: component {request.component} is not allowed; expected {allowed}")
         setting["guided"] = setting["guidance"] != 1
-        setting["pictures"] = len(self._shown(setting))
+        for key, embedding in PROMPTS.items():
+            if key == "negative_prompt" and not setting["guided"] and (setting[key] or setting[embedding]):
+                said = key if setting[key] else embedding
+                raise ValueError(f"{named}: {said} has no effect with guidance 1; expected none, or another scale")
+            self._load(setting, embedding)
+        setting["as_trained"] = request.is_encoded and request.embedding_negative is None  # the negative prompt
+        setting["shown"] = [every if request.component is None else [request.component]]  # components of each picture
+        if request.save_components:
+            setting["pictures"] = ["compose", *(f"component_{i}" for i in every)]
+            setting["shown"] += [[i] for i in every]
         return setting
 
-    def _shown(self, setting: dict[str, Any]) -> list[list[int]]:
-        """The components that each picture of a request is composed of."""
-        if setting["component"] is not None:
-            return [[setting["component"]]]
-        every = list(range(self.config.num_components))
-        return [every, *([i] for i in every if setting["save_components"])]
+    def _prompt(self, setting: dict[str, Any], key: str) -> Features:
+        """One of a request's two prompts, each [1, ...]; zeros for one that `sample` takes from training, or leaves."""
+        if found := self._load(setting, PROMPTS[key]):
+            return found
+        if key == "negative_prompt" and (setting["as_trained"] or not setting["guided"]):
+            return {name: torch.zeros(1, *shape) for name, shape in self.shapes.items()}
+        return self._encode_text([setting[key]], setting["max_sequence_length"])
 
-    def _level(self, u: Tensor) -> Tensor:
-        """Uniform numbers [B] to places on the grid in [0, 1): small ones are high noise."""
-        if self.config.density == "logit_normal":
-            return densities.logit_normal(u, self.config.logit_mean, self.config.logit_std)
-        return densities.mode(u, self.config.mode_scale) if self.config.density == "mode" else u
+    def _load(self, setting: dict[str, Any], key: str) -> Features:
+        """The prompt in the file that a request names; nothing where it names none."""
+        try:
+            return sd3_text.load_prompt(Path(setting[key]), self.shapes) if setting[key] is not None else {}
+        except (OSError, ValueError) as error:
+            raise ValueError(f"request {setting['name']!r}: {key} {setting[key]!r}: {error}") from None
 
-    @torch.no_grad()
-    def _teach(self, x_t: Tensor, t: Tensor, prompt: Features) -> Tensor:
-        """The frozen transformer's velocity under the whole prompt, [B, C, h, w]."""
-        whole = {"components": prompt["text"].unsqueeze(1), "clip": prompt["clip"], "pooled": prompt["pooled"]}
-        return sd3.predict(self.network, x_t, t, whole, self.compute_dtype)[1].squeeze(1)
-
-    def _encode_text(self, texts: list[str]) -> Features:
+    def _encode_text(self, texts: list[str], length: int | None = None) -> Features:
         assert self.tokenizers is not None
-        text = sd3_text.encode_t5(self.encoders["t5"], self.tokenizers.t5, texts, self.config.text_length)
-        clips = [self.encoders["clip_l"], self.encoders["clip_g"]], self.tokenizers.clips
-        if self.config.clip_text == "cut":
-            clip, pooled = sd3_text.encode_clips(*clips, texts)
-        else:
-            clip, pooled = sd3_text.encode_segments(*clips, texts, self.config.clip_length)
-        return {"text": text, "clip": clip, "pooled": pooled}
+        full, clip = self.config.text_length, (self.config.clip_text, self.config.clip_length)
+        return sd3_text.encode_prompts(self.encoders, self.tokenizers, texts, length or full, *clip, filled_to=full)
 
 
 RECIPE = DecomposerRecipe

@@ -91,9 +91,10 @@ class I2IRequest:
 class I2I:
     Config: ClassVar[type] = I2IConfig
     Request: ClassVar[type] = I2IRequest
+    from_split: ClassVar[dict[str, Any]] = {}
     size_multiple: ClassVar[int] = 16  # 8 for the VAE, 2 for the transformer's patches
     inputs: ClassVar[dict[str, Input]] = {
-        "image": Input("image", ("jpg", "jpeg", "png", "webp")),
+        "image": Input("image", ("jpg", "jpeg", "png", "webp", "avif")),
         "text": Input("text", ("txt",)),
     }
     features: ClassVar[dict[str, Feature]] = {

@@ -38,7 +38,7 @@ from synthos.models import projector, sd_unet, sd_vae, siglip
 from synthos.models.parts import Models
 from synthos.recipes.base import Encoded, Images, Loss, check_setting
 
-PICTURES = ("jpg", "jpeg", "png", "webp")
+PICTURES = ("jpg", "jpeg", "png", "webp", "avif")
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class SigLIPConfig:
 
 @dataclass(frozen=True)
 class SigLIPRequest:
-    """One picture asked for. What is null is the recipe's default, or the training size."""
+    """A picture asked for, or one at each of several scales. What is null is the default of recipe or training."""
 
     name: str
     reference: str | None = None  # picture file
@@ -76,12 +76,18 @@ class SigLIPRequest:
     width: int | None = None  # pixels
     steps: int = 50
     sampler: Literal["pndm", "ddim", "euler", "dpm"] = "pndm"
-    guidance: float | None = None
+    guidance: float | list[float] | None = None  # several: a picture at each, from the same noise
     seed: int = 0
+
+    @property
+    def is_encoded(self) -> bool:
+        return self.reference is None
 
     def __post_init__(self) -> None:
         if not 1 <= self.steps < NUM_TIMES:  # the samplers' times are moved by one
             raise ValueError(f"request {self.name!r}: steps {self.steps} is not allowed; expected 1 to {NUM_TIMES - 1}")
+        if self.guidance == []:
+            raise ValueError(f"request {self.name!r}: guidance [] is not allowed; expected a number, or a list of them")
         if self.reference is not None and self.embedding is not None:
             raise ValueError(f"request {self.name!r}: reference and embedding are both set; expected one of them")
 
@@ -89,6 +95,7 @@ class SigLIPRequest:
 class SigLIPProjector:
     Config: ClassVar[type] = SigLIPConfig
     Request: ClassVar[type] = SigLIPRequest
+    from_split: ClassVar[dict[str, Any]] = {}
     size_multiple: ClassVar[int] = 8  # of the VAE; the UNet pads what its own levels do not divide
     inputs: dict[str, Input] = {"image": Input("image", PICTURES)}  # with image_view=whole, also `whole`
     features: ClassVar[dict[str, Feature]] = {
@@ -148,10 +155,11 @@ class SigLIPProjector:
         return Loss((prediction - noise).square().flatten(1).mean(1), t.float() / NUM_TIMES)
 
     def sample(self, requests: Encoded, null: Features, draws: Draws) -> Images:
-        setting, tokens = requests.settings[0], requests.conditions["image"]
+        setting, scales = requests.settings[0], [s["guidance"] for s in requests.settings]
         shape = (self.network.config.in_channels, setting["height"] // 8, setting["width"] // 8)
-        noise = draws.normal("noise", shape)
-        scale = torch.tensor([s["guidance"] for s in requests.settings], device=noise.device).view(-1, 1, 1, 1)
+        owner = [row for row, own in enumerate(scales) for _ in own]  # a picture for every scale
+        noise, tokens = draws.normal("noise", shape)[owner], requests.conditions["image"][owner]
+        scale = torch.tensor([scale for own in scales for scale in own], device=noise.device).view(-1, 1, 1, 1)
         both = torch.cat([null["image"].to(tokens).expand_as(tokens), tokens])
 
         def epsilon(x: Tensor, t: Tensor) -> Tensor:
@@ -168,10 +176,14 @@ class SigLIPProjector:
         setting = {**dataclasses.asdict(request), "prompt": ""}
         defaults = {"height": size[0], "width": size[1], "guidance": self.config.guidance}
         setting |= {key: value for key, value in defaults.items() if setting[key] is None}
+        if isinstance(request.guidance, list):
+            setting["pictures"] = [f"scale_{scale:g}" for scale in request.guidance]
+        else:
+            setting["guidance"] = [setting["guidance"]]
         check_setting(setting, self.size_multiple, ("guidance",))
         if request.embedding is not None:
             self._load(setting)
-        setting["guided"] = setting["guidance"] != 1
+        setting["guided"] = any(scale != 1 for scale in setting["guidance"])
         return setting
 
     def _tokens(self, setting: dict[str, Any]) -> Tensor:

@@ -18,11 +18,11 @@ def to_image(picture: Tensor) -> Image.Image:
     return Image.fromarray(array.cpu().numpy())
 
 
-def card(picture: Tensor, reference: Path | None, prompt: str) -> Image.Image:
-    """Reference and generated picture side by side, the prompt under them; small pictures are enlarged."""
-    made = to_image(picture)
-    tiles = [_like(Image.open(reference), made), made] if reference else [made]
-    scale = max(1, 256 // made.height)
+def card(pictures: Tensor, reference: Path | None, prompt: str) -> Image.Image:
+    """Reference and generated pictures [P, 3, H, W] side by side, the prompt under them; small ones are enlarged."""
+    made = [to_image(picture) for picture in pictures]
+    tiles = [_like(Image.open(reference), made[0]), *made] if reference else made
+    scale = max(1, 256 // made[0].height)
     tiles = [t.resize((t.width * scale, t.height * scale), Image.Resampling.NEAREST) for t in tiles]
     sheet_width = sum(t.width + MARGIN for t in tiles) + MARGIN
     font = ImageFont.load_default(size=14)

@@ -15,6 +15,7 @@ import numpy as np
 from rich.console import Console
 
 from synthos.batch import Batch, Fault
+from synthos.recipes.base import name_pictures
 from synthos.schema import RunConfig
 from synthos.strict import dump
 from synthos.train.distributed import World
@@ -73,16 +74,17 @@ class Report:
         self._show(step, metrics)
 
     def validation(self, step: int, validation: Validation, settings: list[dict[str, Any]]) -> None:
-        """Log a validation and save its pictures, each on a card with its reference and prompt."""
+        """Log a validation and save its pictures, those of a request on one card with its reference and prompt."""
         if not self.world.is_main:
             return
         folder = self.folder / "samples" / f"step_{step:08d}"
         folder.mkdir(parents=True, exist_ok=True)
         pictures = {}
-        for setting in settings:
+        for setting, names in zip(settings, name_pictures(settings), strict=True):
             made = validation.pictures[setting["name"]]
             reference = self.folder / setting["reference"] if setting.get("reference") else None
-            to_image(made).save(folder / f"{setting['name']}.png")
+            for name, picture in zip(names, made, strict=True):
+                to_image(picture).save(folder / f"{name}.png")
             shown = card(made, reference, setting["prompt"])
             (folder / "cards").mkdir(exist_ok=True)
             shown.save(folder / "cards" / f"{setting['name']}.png")

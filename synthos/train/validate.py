@@ -9,7 +9,7 @@ from torch import Tensor
 
 from synthos.batch import Batch, Features
 from synthos.keys import FixedDraws, KeyedDraws, hash64, signed64
-from synthos.recipes.base import Encoded, Recipe
+from synthos.recipes.base import Encoded, Recipe, count_pictures
 from synthos.train.distributed import World, reshard, set_training
 from synthos.train.ema import Ema
 from synthos.train.stop import Stop
@@ -27,7 +27,7 @@ class HeldOutSamples(Protocol):
 
 @dataclass
 class Validation:
-    """One validation: losses by metric name, and pictures [3, H, W] by request name (on rank 0)."""
+    """One validation: losses by metric name, and the pictures [P, 3, H, W] of each request by its name (on rank 0)."""
 
     losses: dict[str, float]
     pictures: dict[str, Tensor]
@@ -101,7 +101,7 @@ class Validator:
 
     @torch.no_grad()
     def pictures(self, stop: Stop | None = None) -> dict[str, Tensor] | None:
-        """One picture per request, by its name; on rank 0. None if a stop was asked for."""
+        """Every request's pictures, by its name; on rank 0. None if a stop was asked for."""
         made: dict[str, Tensor] = {}
         for group in self.requests.groups():
             for rows in deal(len(group), self.world, 1):  # alone, a picture does not depend on its company
@@ -111,9 +111,9 @@ class Validator:
                 images = sample(
                     self.recipe, self.requests.select(mine, self.world.device), self.null, self.world.device
                 )
-                for row, picture in zip(rows, images.cpu(), strict=True):
+                for row, pictures in zip(rows, images, strict=True):
                     if row < len(group):
-                        made[self.requests.settings[group[row]]["name"]] = picture
+                        made[self.requests.settings[group[row]]["name"]] = pictures.cpu()
         return gather_pictures(made, self.world)
 
 
@@ -126,10 +126,11 @@ def encode_all(recipe: Recipe, batch: Batch) -> Features:
     return features
 
 
-def sample(recipe: Recipe, requests: Encoded, null: Features, device: torch.device) -> Tensor:
-    """Pictures of one group of requests, [R, 3, H, W]; the noise is keyed by each request's seed alone."""
+def sample(recipe: Recipe, requests: Encoded, null: Features, device: torch.device) -> list[Tensor]:
+    """The pictures [P, 3, H, W] of each request of one group; the noise is keyed by each request's seed alone."""
     ids = torch.tensor([signed64(hash64("request", setting["seed"])) for setting in requests.settings])
-    return recipe.sample(requests, null, KeyedDraws(0, ids, torch.zeros_like(ids), device))
+    images = recipe.sample(requests, null, KeyedDraws(0, ids, torch.zeros_like(ids), device))
+    return list(torch.split(images, count_pictures(requests.settings)))
 
 
 def gather_pictures(made: dict[str, Tensor], world: World) -> dict[str, Tensor]:

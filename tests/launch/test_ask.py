@@ -74,6 +74,11 @@ def test_texts_become_what_the_request_wants() -> None:
         "guidance_text": 10.0,
         "reference": "a=b.jpg",
     }
+    scales = recipe_class("siglip_projector").Request
+    for text, value in {"6": 6.0, "6,7.5": [6.0, 7.5], "[6, 7.5]": [6.0, 7.5], "[6]": [6.0]}.items():
+        assert parse_fields(scales, {"guidance": text}) == {"guidance": value}
+    with pytest.raises(ValueError, match="guidance: 'x' is not allowed; expected a number"):
+        parse_fields(scales, {"guidance": "6,x"})
     assert "name" not in request_fields(I2I) and {"prompt", "seed"} <= set(request_fields(I2I))
 
 

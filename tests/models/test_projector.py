@@ -136,6 +136,24 @@ def test_fresh_values_have_torchs_spread_and_do_not_depend_on_each_other() -> No
     assert not torch.equal(init["projector.body.tokens"](), fresh(wide, 4, "projector.")["projector.body.tokens"]())
 
 
+def test_the_transformer_starts_as_torchs_own() -> None:
+    """Every matrix of `nn.Transformer` is Xavier-uniform; what stands before and behind it is as linear layers are."""
+    projector = build_projector("transformer", 96, 64, 1, 128)
+    init = fresh(projector, seed=0)
+    torch.manual_seed(0)
+    theirs = nn.Transformer(128, 4, 1, 1, 512, dropout=0.0, batch_first=True, norm_first=True)
+    for name, parameter in theirs.named_parameters():
+        ours = init[f"body.{name}"]()
+        assert ours.shape == parameter.shape
+        if name.endswith(("linear1.bias", "linear2.bias")) or parameter.ndim > 1:
+            assert ours.abs().max().item() == pytest.approx(parameter.abs().max().item(), rel=0.05), name
+            assert ours.std().item() == pytest.approx(parameter.std().item(), rel=0.15), name
+        else:
+            assert torch.equal(ours, parameter), name  # norms, and attention's biases of zero
+    for name, inputs in {"before.weight": 96, "after.weight": 128, "after.bias": 128}.items():
+        assert 0.9 * inputs**-0.5 < init[f"body.{name}"]().abs().max() <= inputs**-0.5
+
+
 @pytest.mark.parametrize(
     ("mode", "out_width", "layers", "hidden", "words"),
     [

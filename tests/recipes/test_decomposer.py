@@ -1,20 +1,26 @@
 """decomposer: its loss read plainly in float64, dropout, guidance, and sampling against StableDiffusion3Pipeline."""
 
 import dataclasses
+import io
 import math
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
 from launch.check import value_problems
 from launch.compose import compose
 from synthos.batch import Batch
 from synthos.build import fill_frozen, measure, recipe_config
+from synthos.data.stream import Stream
 from synthos.keys import Draws, FixedDraws, KeyedDraws
 from synthos.models.autoencoder_kl import decode_latents
 from synthos.models.parts import Models
@@ -185,9 +191,10 @@ def test_validation_never_drops(recipe: DecomposerRecipe) -> None:
 
 
 def asked(recipe: DecomposerRecipe, *requests: DecomposerRequest) -> Tensor:
+    """The pictures of all requests in one call, one after the other."""
     encoded = recipe.encode_requests(list(requests), (32, 48))
     with torch.no_grad():
-        return sample(recipe, encoded, recipe.null(), CPU)
+        return torch.cat(sample(recipe, encoded, recipe.null(), CPU))
 
 
 def request(name: str = "one", **fields: Any) -> DecomposerRequest:
@@ -252,12 +259,14 @@ def test_every_component_is_guided_and_the_mean_taken(recipe: DecomposerRecipe) 
     torch.testing.assert_close(asked(recipe, one), expected, rtol=0, atol=1e-4)
 
 
-def test_components_stand_beside_their_composition_from_the_same_noise(recipe: DecomposerRecipe) -> None:
-    strip = asked(recipe, request(save_components=True))
-    assert strip.shape == (1, 3, 32, 4 * 48)
+def test_components_come_with_their_composition_from_the_same_noise(recipe: DecomposerRecipe) -> None:
+    every = request(save_components=True)
+    assert recipe.setting(every, (32, 48))["pictures"] == ["compose", "component_0", "component_1", "component_2"]
+    pictures = asked(recipe, every)
+    assert pictures.shape == (4, 3, 32, 48)
     singles = [asked(recipe, request()), *(asked(recipe, request(component=i)) for i in range(3))]
-    for index, single in enumerate(singles):
-        torch.testing.assert_close(strip[..., index * 48 : (index + 1) * 48], single, rtol=0, atol=1e-5)
+    for picture, single in zip(pictures, singles, strict=True):
+        torch.testing.assert_close(picture[None], single, rtol=0, atol=1e-5)
     assert all((a - singles[0]).abs().max() > 1e-3 for a in singles[1:])
 
 
@@ -267,10 +276,11 @@ def test_requests_in_one_batch_are_as_alone(recipe: DecomposerRecipe, guidance: 
         request("a", guidance=guidance),
         request("b", guidance=guidance, prompt="a cat", negative_prompt="a dog" if guidance != 1 else "", seed=9),
         request("c", guidance=guidance, component=1),
+        request("d", guidance=guidance, save_components=True, seed=3),
     ]
     together = asked(recipe, *requests)
-    for row, one in enumerate(requests):
-        torch.testing.assert_close(together[row : row + 1], asked(recipe, one), rtol=0, atol=1e-5)
+    assert len(together) == 3 + 4
+    torch.testing.assert_close(together, torch.cat([asked(recipe, one) for one in requests]), rtol=0, atol=1e-5)
 
 
 def test_the_negative_prompt_is_decomposed_too(recipe: DecomposerRecipe) -> None:
@@ -280,9 +290,97 @@ def test_the_negative_prompt_is_decomposed_too(recipe: DecomposerRecipe) -> None
     torch.testing.assert_close(negative, plain, rtol=0, atol=1e-5)
 
 
-def test_pictures_of_other_number_share_no_batch(recipe: DecomposerRecipe) -> None:
-    encoded = recipe.encode_requests([request("a"), request("b", save_components=True), request("c")], (32, 48))
+def test_a_shorter_prompt_is_that_of_as_many_t5_tokens(cache: Path, recipe: DecomposerRecipe) -> None:
+    """As a recipe of that text length has it; the default is the length of training."""
+    short = build(cache, text_length=8)
+    one = request(max_sequence_length=8, negative_prompt="ugly")
+    torch.testing.assert_close(asked(recipe, one), asked(short, request(negative_prompt="ugly")), rtol=0, atol=1e-5)
+    default, full = (asked(recipe, request(negative_prompt="ugly", max_sequence_length=n)) for n in (None, 12))
+    assert torch.equal(default, full) and (default - asked(recipe, one)).abs().max() > 1e-4
+    encoded = recipe.encode_requests([one, request("b"), request("c", max_sequence_length=8)], (32, 48))
     assert encoded.groups() == [[0, 2], [1]]
+
+
+def saved(recipe: DecomposerRecipe, file: Path, prompt: str) -> str:
+    """A prompt's features in a file, as another program would leave them; `recipe` has the encoders."""
+    found = recipe._encode_text([prompt])
+    save_file({"t5": found["text"][0], "clip": found["clip"], "pooled": found["pooled"][0]}, file)
+    return str(file)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_embeddings_are_the_prompt_they_were_made_of_and_need_no_encoder(
+    cache: Path, recipe: DecomposerRecipe, tmp_path: Path, guidance: float
+) -> None:
+    models = Models(ModelConfig("tiny"), cache)
+    bare = DecomposerRecipe(CONFIG, models, encoders=False)
+    fill_whole(bare.network, models.tensors(bare.network), CPU)
+    fill_frozen(bare, models, CPU, torch.float32)
+    assert not bare.encoders
+    file = saved(recipe, tmp_path / "a.safetensors", "a red barn, a blue car")
+    negative = saved(recipe, tmp_path / "n.safetensors", "ugly")
+    pairs = [({}, {})] if guidance == 1 else [({}, {}), ({"negative_prompt": "ugly"}, {"embedding_negative": negative})]
+    for text, embedding in pairs:
+        by_file = DecomposerRequest("one", embedding=file, steps=4, guidance=guidance, **embedding)
+        assert by_file.is_encoded and not request(**text).is_encoded
+        encoded = bare.encode_requests([by_file], (32, 48))
+        with torch.no_grad():
+            (found,) = sample(bare, encoded, recipe.null(), CPU)
+        expected = asked(recipe, request(guidance=guidance, **text))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_embeddings_are_those_of_the_pipeline(recipe: DecomposerRecipe, tmp_path: Path) -> None:
+    """What docs/generate.md says to save of StableDiffusion3Pipeline.encode_prompt."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+
+    assert recipe.tokenizers is not None
+    pipe = StableDiffusion3Pipeline(
+        transformer=recipe.network.transformer, scheduler=FlowMatchEulerDiscreteScheduler(), vae=recipe.frozen["vae"],
+        text_encoder=recipe.encoders["clip_l"], tokenizer=recipe.tokenizers.clips[0],
+        text_encoder_2=recipe.encoders["clip_g"], tokenizer_2=recipe.tokenizers.clips[1],
+        text_encoder_3=recipe.encoders["t5"], tokenizer_3=recipe.tokenizers.t5,
+    )  # fmt: skip
+    states, _, pooled, _ = pipe.encode_prompt(
+        "a red barn", None, None, do_classifier_free_guidance=False, max_sequence_length=12
+    )
+    tensors = {"t5": states[0, 77:], "clip": states[0, :77, :24], "pooled": pooled[0]}
+    save_file({name: value.contiguous() for name, value in tensors.items()}, tmp_path / "a.safetensors")
+    one = DecomposerRequest("one", embedding=str(tmp_path / "a.safetensors"), steps=4)
+    torch.testing.assert_close(asked(recipe, one), asked(recipe, request(prompt="a red barn")), rtol=0, atol=1e-5)
+
+
+WHOLE = {"t5": (12, 32), "clip": (77, 24), "pooled": (24,)}
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ({**WHOLE, "t5": (16, 32)}, r"t5 has shape \[16, 32\]; expected t5 \[12, 32\], clip \[77, 24\], pooled \[24\]"),
+        ({**WHOLE, "clip": (2, 77, 24)}, r"clip has shape \[2, 77, 24\]; expected"),
+        ({**WHOLE, "pooled": (16,)}, r"pooled has shape \[16\]; expected"),
+        ({"t5": (12, 32)}, r"holds t5; expected a .safetensors file of t5 \[12, 32\], clip"),
+    ],
+)
+@pytest.mark.parametrize("key", ["embedding", "embedding_negative"])
+def test_embeddings_of_another_shape(
+    recipe: DecomposerRecipe, tmp_path: Path, shapes: dict[str, tuple[int, ...]], message: str, key: str
+) -> None:
+    save_file({name: torch.ones(shape) for name, shape in shapes.items()}, tmp_path / "odd.safetensors")
+    fields = {"prompt": ""} if key == "embedding" else {}
+    with pytest.raises(ValueError, match=f"request 'one': {key} '.*odd.safetensors': {message}"):
+        recipe.setting(request(**fields, **{key: str(tmp_path / "odd.safetensors")}), (32, 48))
+
+
+def test_embeddings_that_are_not_finite_or_no_safetensors(recipe: DecomposerRecipe, tmp_path: Path) -> None:
+    save_file({n: torch.full(shape, torch.inf) for n, shape in WHOLE.items()}, tmp_path / "odd.safetensors")
+    np.save(tmp_path / "odd.npy", np.ones((12, 32), np.float32))
+    for name, message in {
+        "odd.safetensors": "t5 holds values that are not finite",
+        "odd.npy": "holds one array",
+    }.items():
+        with pytest.raises(ValueError, match=f"{name}': {message}"):
+            recipe.setting(DecomposerRequest("one", embedding=str(tmp_path / name)), (32, 48))
 
 
 def test_segments_reach_the_end_of_a_long_prompt(cache: Path) -> None:
@@ -312,6 +410,38 @@ def test_values_that_cannot_work_are_named(changes: dict[str, Any], message: str
         dataclasses.replace(CONFIG, **changes)
 
 
+def test_an_unknown_mode_is_answered_by_those_there_are() -> None:
+    with pytest.raises(ValueError) as error:
+        recipe_config(compose(["recipe=decomposer", "cluster=local", "recipe.density=cosmop"]).config.recipe)
+    assert "'cosmop' is not allowed; expected one of logit_normal, mode, cosmap, sigma_sqrt" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"jpg": True}, "sample '000' is without a caption: text needs a member txt, it has jpg"),
+        ({"jpg": True, "txt": b""}, "sample '000': its text is empty or not UTF-8"),
+        (
+            {"txt": b"a cat"},
+            "sample '000' is without an image: image needs a member jpg or jpeg or png or webp or avif, it has",
+        ),
+        ({"jpg": b"no picture", "txt": b"a cat"}, "sample '000': its image is unreadable"),
+    ],
+)
+def test_samples_that_it_can_not_read_are_named(tmp_path: Path, members: dict[str, bytes | bool], message: str) -> None:
+    picture = io.BytesIO()
+    Image.new("RGB", (40, 40)).save(picture, "jpeg")
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for extension, content in members.items():
+            data = content if isinstance(content, bytes) else picture.getvalue()
+            member = tarfile.TarInfo(f"000.{extension}")
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    data = dataclasses.replace(run_config().data, shards=str(tmp_path / "0.tar"), validation=None, holdout_fraction=0.0)
+    with pytest.raises(ValueError, match=f"0.tar: {message}"):
+        Stream(data, DecomposerRecipe.inputs, batch_size=1, rank=0, world=1, seed=0)
+
+
 def test_a_width_that_is_not_t5s_and_heads_that_do_not_divide_it(cache: Path) -> None:
     models = Models(ModelConfig("tiny"), cache)
     with pytest.raises(ValueError, match="recipe.width: 64 is not allowed"):
@@ -327,6 +457,13 @@ def test_a_width_that_is_not_t5s_and_heads_that_do_not_divide_it(cache: Path) ->
         ({"steps": 0}, "'one': steps 0 is not allowed"),
         ({"component": 3}, "'one': component 3 is not allowed; expected 0 to 2, or null"),
         ({"component": 1, "save_components": True}, "expected null with save_components"),
+        ({"height": 528}, "'one': height 528 is not allowed; expected at most 512"),
+        ({"max_sequence_length": 13}, "'one': max_sequence_length 13 is not allowed; expected 1 to 12, as trained"),
+        ({"max_sequence_length": 0}, "'one': max_sequence_length 0 is not allowed"),
+        ({"negative_prompt": "x", "guidance": 1.0}, "'one': negative_prompt has no effect with guidance 1"),
+        ({"embedding_negative": "x", "guidance": 1.0}, "'one': embedding_negative has no effect with guidance 1"),
+        ({"embedding": "x"}, "'one': prompt and embedding are both set; expected one of them"),
+        ({"prompt": "", "embedding": "x", "max_sequence_length": 8}, "max_sequence_length and embedding are both set"),
     ],
 )
 def test_requests_that_cannot_work_are_named(recipe: DecomposerRecipe, fields: dict[str, Any], message: str) -> None:
