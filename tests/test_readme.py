@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.learning import MEASURES
 from launch.ask import check_keys, parse_fields, request_fields
 from launch.check import value_problems
 from launch.compose import compose, compose_generate
 from synthos.build import recipe_class, recipe_config
-from synthos.recipes.i2i import I2IRequest
 from tests.support import ROOT
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+RECIPES = [page.stem for page in (ROOT / "docs" / "recipes").glob("*.md")]
 
 
 def commands() -> list[tuple[str, str]]:
@@ -46,17 +47,20 @@ def test_command_is_understood(page: str, command: str, tmp_path: Path, monkeypa
     elif words[:2] == ["python", "launch/submit.py"]:
         monkeypatch.chdir(tmp_path)
         config = compose([w.replace("recipe=<name>", "recipe=i2i") for w in words[2:]]).config
-        assert value_problems(config, recipe_class("i2i"), recipe_config(config.recipe)) == []
+        assert value_problems(config, recipe_class(config.recipe["name"]), recipe_config(config.recipe)) == []
+    elif words[:4] == ["python", "-m", "benchmarks.learning", "--experiment"]:
+        assert compose([f"experiment={words[4]}"]).config.recipe["name"] in MEASURES and len(words) == 5
     elif words[:3] == ["synthos", "data", "write"]:
         from synthos.data.commands.write import _parser
 
         assert _parser().parse_args(words[3:]).images
     else:
         assert words[:2] == ["synthos", "generate"], command
-        given, fields = dict(w.split("=", 1) for w in words[2:]), request_fields(recipe_class("i2i"))
+        recipe = recipe_class(page.removesuffix(".md") if page.removesuffix(".md") in RECIPES else "i2i")
+        given, fields = dict(w.split("=", 1) for w in words[2:]), request_fields(recipe)
         check_keys(given, fields)
         assert "weights" in given and ("out" in given) != ("cluster" in given)
-        parse_fields(I2IRequest, {k: v for k, v in given.items() if k in fields})
+        parse_fields(recipe.Request, {k: v for k, v in given.items() if k in fields})
         monkeypatch.chdir(tmp_path)
         compose_generate(given["weights"], [w for w in words[2:] if w.split("=")[0] not in (*fields, "weights")])
 
