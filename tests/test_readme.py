@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.learning import MEASURES
 from launch.ask import check_keys, parse_fields, request_fields
 from launch.check import value_problems
 from launch.commands import detailmaster
@@ -15,7 +16,7 @@ from launch.compose import choices, compose, compose_generate
 from synthos.build import recipe_class, recipe_config
 from tests.support import ROOT
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def commands() -> list[tuple[str, str]]:
@@ -46,7 +47,9 @@ def test_command_is_understood(page: str, command: str, tmp_path: Path, monkeypa
     elif words[:2] == ["python", "launch/submit.py"]:
         monkeypatch.chdir(tmp_path)
         config = compose([w.replace("recipe=<name>", "recipe=i2i") for w in words[2:]]).config
-        assert value_problems(config, recipe_class("i2i"), recipe_config(config.recipe)) == []
+        assert value_problems(config, recipe_class(config.recipe["name"]), recipe_config(config.recipe)) == []
+    elif words[:4] == ["python", "-m", "benchmarks.learning", "--experiment"]:
+        assert compose([f"experiment={words[4]}"]).config.recipe["name"] in MEASURES and len(words) == 5
     elif words[:3] == ["synthos", "data", "write"]:
         from synthos.data.commands.write import _parser
 

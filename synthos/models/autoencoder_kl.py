@@ -1,4 +1,7 @@
-"""Pictures to latents and back by Stable Diffusion's autoencoders: 8 x 8 pixels to one position of C channels."""
+"""Pictures to latents and back by Stable Diffusion's autoencoders: 8 x 8 pixels to one position of C channels.
+
+Latent diffusion: arXiv 2112.10752. SD1.5 has 4 channels and a scale; SD3.5 has 16, a shift and a scale.
+"""
 
 from typing import Any
 
@@ -8,38 +11,33 @@ from torch import Tensor
 from synthos.models.parts import Models
 from synthos.models.tiny import Tiny
 
-TINY_KL = Tiny(
-    "AutoencoderKL",
-    {
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-        "block_out_channels": [8, 8, 8, 8],
-        "layers_per_block": 1,
-        "norm_num_groups": 4,
-        "latent_channels": 16,
-        "scaling_factor": 1.5305,
-        "shift_factor": 0.0609,
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
-    },
-)
+TINY_PATCH_KL = Tiny("PatchAutoencoderKL", {})
+# Under SD1.5's schedule, noise hides the layout of 8 x 8 latents of unit scale at few times only, and a network would
+# learn little from a condition. Faint ones are hidden at most times.
+TINY_FAINT_KL = Tiny("PatchAutoencoderKL", {"scaling_factor": 0.125})
 
 
-def build_autoencoder(models: Models, tiny: Tiny = TINY_KL) -> Any:
-    """The part `vae`, an AutoencoderKL."""
+def build_autoencoder(models: Models, tiny: Tiny = TINY_PATCH_KL) -> Any:
+    """The part `vae`, an AutoencoderKL. Its weights should be filled as float32."""
     return models.build("vae", tiny)
 
 
 @torch.no_grad()
-def encode_latents(vae: Any, images: Tensor) -> Tensor:
-    """Normalised latents float32 [B, C, h, w] of `images` uint8 [B, 3, H, W].
+def encode_moments(vae: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the normalised latents, float32 [B, C, h, w] each, of `images` uint8 [B, 3, H, W].
 
-    The mode of the encoder's distribution, (mode - shift) * scale: nothing is drawn, so they can be cached.
+    Normalised is (z - shift) * scale. mean + std n with n ~ N(0, 1) is a draw; drawing belongs to the loss, so both can
+    be cached.
     """
     shift, scale = _normalisation(vae)
     pictures = images.to(next(vae.parameters())) / 127.5 - 1
-    mode: Tensor = vae.encode(pictures).latent_dist.mode()
-    return (mode - shift) * scale
+    found = vae.encode(pictures).latent_dist
+    return (found.mean - shift) * scale, found.std * scale
+
+
+def encode_latents(vae: Any, images: Tensor) -> Tensor:
+    """Normalised latents float32 [B, C, h, w] of `images` uint8 [B, 3, H, W]: the mean, and nothing is drawn."""
+    return encode_moments(vae, images)[0]
 
 
 @torch.no_grad()

@@ -70,6 +70,7 @@ class PatchAutoencoderKL(PatchAutoencoder):
     Args:
         latent_channels: of the latents.
         scaling_factor: what latents are multiplied by before they are used; they have unit scale already.
+        shift_factor: what is taken from them before that; they are centred already.
         block_out_channels: as many as an autoencoder would have that makes latents of 8 x 8 pixels.
     """
 
@@ -78,6 +79,7 @@ class PatchAutoencoderKL(PatchAutoencoder):
         self,
         latent_channels: int = len(COEFFICIENTS),
         scaling_factor: float = 1.0,
+        shift_factor: float = 0.0,
         block_out_channels: tuple[int, ...] = (1, 1, 1, 1),
     ) -> None:
         ModelMixin.__init__(self)

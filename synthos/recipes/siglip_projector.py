@@ -34,7 +34,7 @@ from synthos.diffusion.dropout import drop
 from synthos.diffusion.sampling import sample_noise
 from synthos.diffusion.timesteps import index_from_uniform
 from synthos.keys import Draws
-from synthos.models import projector, sd_unet, sd_vae, siglip
+from synthos.models import autoencoder_kl, projector, sd_unet, siglip
 from synthos.models.parts import Models
 from synthos.recipes.base import Encoded, Images, Loss, check_setting
 
@@ -115,7 +115,7 @@ class SigLIPProjector:
             config.projector_hidden,
         )  # fmt: skip
         self.network = sd_unet.build_unet(models, made, "scratch" if config.unet == "from_scratch" else "pretrained")
-        self.frozen = nn.ModuleDict({"vae": sd_vae.build_vae(models)})
+        self.frozen = nn.ModuleDict({"vae": autoencoder_kl.build_autoencoder(models, autoencoder_kl.TINY_FAINT_KL)})
         self.encoders = nn.ModuleDict({"image": siglip.build_image_encoder(models)} if encoders else {})
         for parameters in self.param_groups().values():
             for parameter in parameters:
@@ -131,7 +131,7 @@ class SigLIPProjector:
 
     def encode(self, batch: Batch, group: str) -> Features:
         if group == "target":
-            mean, std = sd_vae.encode_moments(self.frozen["vae"], batch.images("image"))
+            mean, std = autoencoder_kl.encode_moments(self.frozen["vae"], batch.images("image"))
             return {"latents_mean": mean, "latents_std": std}
         return {"image": self._encode_image(batch.images("whole" if "whole" in batch.columns else "image"))}
 
@@ -170,7 +170,7 @@ class SigLIPProjector:
             return without + scale * (with_image - without)
 
         latents = sample_noise(epsilon, noise, setting["steps"], setting["sampler"])
-        return sd_vae.decode_latents(self.frozen["vae"], latents)
+        return autoencoder_kl.decode_latents(self.frozen["vae"], latents)
 
     def setting(self, request: SigLIPRequest, size: tuple[int, int]) -> dict[str, Any]:
         setting = {**dataclasses.asdict(request), "prompt": ""}

@@ -1,70 +1,18 @@
-"""Stable Diffusion's parts against diffusers: the autoencoder, old names in its files, the UNet with a projector."""
+"""Stable Diffusion's UNet with a projector, against diffusers."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from synthos.models import sd_unet
 from synthos.models.parts import Models
 from synthos.models.projector import build_projector
-from synthos.models.sd_vae import TINY_KL, build_vae, decode_latents, encode_moments
 from synthos.schema import ModelConfig, PartConfig
 from tests.models.conftest import fill
-
-
-def pictures(size: int = 32) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8, generator=generator)
-
-
-@pytest.fixture
-def saved(tmp_path: Path) -> Any:
-    """A random AutoencoderKL as diffusers saves it in `vae`."""
-    import diffusers
-
-    torch.manual_seed(0)
-    diffusers.AutoencoderKL(**TINY_KL.config).save_pretrained(tmp_path / "vae")  # type: ignore[attr-defined]
-    return diffusers.AutoencoderKL.from_pretrained(tmp_path / "vae").eval()  # type: ignore[attr-defined]
-
-
-def test_latents_are_diffusers_distribution_scaled(saved: Any, open_part: Callable[..., Any], tmp_path: Path) -> None:
-    vae = open_part(build_vae, "vae", tmp_path / "vae")
-    mean, std = encode_moments(vae, pictures())
-    with torch.no_grad():
-        expected = saved.encode(pictures() / 127.5 - 1).latent_dist
-        decoded = saved.decode(mean / 0.18215).sample / 2 + 0.5
-    assert mean.shape == (2, 4, 4, 4)
-    assert torch.allclose(mean, 0.18215 * expected.mean, atol=1e-6)
-    assert torch.allclose(std, 0.18215 * expected.logvar.exp().sqrt(), atol=1e-6)
-    assert torch.allclose(decode_latents(vae, mean), decoded.clamp(0, 1), atol=1e-6)
-
-
-def test_old_names_of_attention_are_read_as_diffusers_reads_them(
-    saved: Any, open_part: Callable[..., Any], tmp_path: Path
-) -> None:
-    file = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
-    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-    tensors = load_file(file)
-    for new, name in old.items():
-        tensors = {key.replace(f".{new}.", f".{name}."): value for key, value in tensors.items()}
-    assert "decoder.mid_block.attentions.0.proj_attn.bias" in tensors
-    save_file(tensors, file, {"format": "pt"})
-    mean, _ = encode_moments(open_part(build_vae, "vae", tmp_path / "vae"), pictures())
-    with torch.no_grad():
-        assert torch.allclose(mean, 0.18215 * saved.encode(pictures() / 127.5 - 1).latent_dist.mean, atol=1e-6)
-
-
-def test_the_tiny_autoencoder_returns_faint_pictures_whole(tiny: Models) -> None:
-    vae = fill(tiny, build_vae(tiny))
-    mean, std = encode_moments(vae, pictures() // 8 + 100)
-    assert mean.shape == (2, 16, 4, 4) and std.max() < 1e-5
-    again, _ = encode_moments(vae, 255 * decode_latents(vae, mean))
-    assert torch.allclose(again, mean, atol=1e-4)
 
 
 def build(models: Models, start: sd_unet.Start = "pretrained", layers: int = 2) -> Any:
