@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from synthos.batch import Batch, Input
-from synthos.data.decode import decode_image
+from synthos.data.decode import decode_into
 from synthos.data.index import Member
 from synthos.keys import signed64
 
@@ -37,36 +37,39 @@ class Reader(Dataset[Batch]):
         self.inputs, self.height, self.width = inputs, height, width
 
     def __getitems__(self, samples: list[Sample]) -> Batch:
-        """The samples as one batch.
+        """The samples as one batch; pictures lie in memory as they are decoded, channels last.
 
         Raises RuntimeError naming shard and key for a sample that has changed since it was indexed or can't be decoded.
         """
-        rows = [self._read(sample) for sample in samples]
-        columns: dict[str, Tensor | list[str]] = {}
-        for name, item in self.inputs.items():
-            values = [row[name] for row in rows]
-            columns[name] = torch.from_numpy(np.stack(values)) if item.kind == "image" else values
+        shape = (len(samples), self.height, self.width, 3)
+        rows: dict[str, Any] = {
+            name: np.empty(shape, np.uint8) if item.kind == "image" else [""] * len(samples)
+            for name, item in self.inputs.items()
+        }
+        for number, sample in enumerate(samples):
+            self._read(sample, number, rows)
+        columns: dict[str, Tensor | list[str]] = {
+            name: torch.from_numpy(rows[name]).permute(0, 3, 1, 2) if item.kind == "image" else rows[name]
+            for name, item in self.inputs.items()
+        }
         ids = torch.tensor([signed64(sample.id) for sample in samples], dtype=torch.int64)
         epochs = torch.tensor([sample.epoch for sample in samples], dtype=torch.int64)
         return Batch(ids, epochs, columns)
 
-    def _read(self, sample: Sample) -> dict[str, Any]:
-        """Each input's value: pixels uint8 [3, H, W], or text."""
+    def _read(self, sample: Sample, number: int, rows: dict[str, Any]) -> None:
+        """Each input's value, pixels or text, into its row."""
         data = read_members(sample.shard, set(sample.members.values()))  # two inputs may read the same member
-        values = {}
         for name, member in sample.members.items():
             if zlib.crc32(data[member]) != member.checksum:
                 raise RuntimeError(f"{sample.shard}: sample {sample.key!r} has changed since it was indexed")
+            item = self.inputs[name]
             try:
-                values[name] = self._decode(self.inputs[name], data[member])
+                if item.kind == "image":
+                    decode_into(data[member], rows[name][number], item.crop)
+                else:
+                    rows[name][number] = data[member].decode().strip()
             except ValueError as error:
                 raise RuntimeError(f"{sample.shard}: sample {sample.key!r}: {name}: {error}") from None
-        return values
-
-    def _decode(self, item: Input, data: bytes) -> Any:
-        if item.kind == "image":
-            return decode_image(data, self.height, self.width, item.crop)
-        return data.decode().strip()
 
 
 def read_members(shard: str, members: set[Member]) -> dict[Member, bytes]:
