@@ -43,6 +43,15 @@ def tar(path: Path, members: list[tuple[str, bytes]], kind: int = tarfile.USTAR_
     return path
 
 
+def change(shard: Path, member: str) -> None:
+    """Flip bits in the middle of a member; every size and header stays."""
+    with tarfile.open(shard) as file:
+        place = file.getmember(member)
+    data = bytearray(shard.read_bytes())
+    data[place.offset_data + place.size // 2] ^= 0xFF
+    shard.write_bytes(data)
+
+
 def pairs(keys: list[str]) -> list[tuple[str, bytes]]:
     """A picture and a caption for each key."""
     return [m for key in keys for m in ((f"{key}.png", picture()), (f"{key}.txt", f"caption {key}".encode()))]
