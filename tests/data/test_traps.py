@@ -1,7 +1,7 @@
 """Where plain webdataset loses samples, repeats them or runs code today; the same shards in ours, which does not.
 
-One test for each trap of the field, by its number; 19 and 20 are in test_traps_resume.py. Those of caches and stores have
-theirs in tests/data/store/test_today.py:
+One test for each trap of the field, by its number; 19 and 20 are in test_traps_resume.py, those of caches and stores
+in tests/data/store/test_today.py:
 
 | trap | test there |
 | --- | --- |
@@ -15,12 +15,9 @@ theirs in tests/data/store/test_today.py:
 If a half that is about webdataset fails with a newer release, it was mended: delete that half and keep ours.
 """
 
-import os
 import pickle
-import struct
 import tarfile
 import time
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,7 +33,7 @@ from synthos.data.store.location import check_location
 from synthos.data.store.retry import StorageError
 from synthos.data.stream import Stream
 from synthos.schema import DataConfig, SourceConfig
-from tests.data.make import INPUTS, change, config, data_set, encoded, noise, pairs, picture, tar
+from tests.data.make import INPUTS, Payload, black_png, change, config, data_set, encoded, noise, pairs, picture, tar
 
 KEYS = [f"{i:03d}" for i in range(10)]
 
@@ -239,16 +236,6 @@ def test_row_10_half_a_second_for_each_bad_sample(tmp_path: Path, monkeypatch: p
     assert len(batch) == 40 and sorted(fault.key[-2:] for fault in batch.faults) == ["03", "17", "30"] and not slept
 
 
-class Payload:
-    """What unpickling it does: it makes a folder."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = str(path)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (self.path,)
-
-
 def test_row_12_decoding_runs_code(tmp_path: Path) -> None:
     ran = tmp_path / "ran"
     (tmp_path / "set").mkdir()
@@ -289,19 +276,10 @@ def test_row_13_members_apart_split_a_sample(tmp_path: Path) -> None:
         build_index(shard)
 
 
-def grey_png(width: int) -> bytes:
-    """A square of one bit per pixel, all of it black."""
-    rows = zlib.compress(bytes((width + 7) // 8 + 1) * width, 9)
-    chunks = ((b"IHDR", struct.pack(">IIBBBBB", width, width, 1, 0, 0, 0, 0)), (b"IDAT", rows), (b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
-    )
-
-
 def test_row_18_a_bomb_is_decoded_without_a_word(tmp_path: Path) -> None:
     import cv2
 
-    bomb = grey_png(8008)
+    bomb = black_png(8008)
     pixels = cv2.imdecode(np.frombuffer(bomb, np.uint8), cv2.IMREAD_GRAYSCALE)
     assert len(bomb) < 64_000 and pixels.nbytes > MAX_PIXELS
     with pytest.raises(ValueError, match=f"more than {MAX_PIXELS} pixels: 8008 x 8008"):
