@@ -16,7 +16,7 @@ from synthos.data.tar import MAX_MEMBER_BYTES
 from synthos.keys import sample_id
 
 Rows = NDArray[np.int64]
-SUFFIXES = {"image": IMAGE_SUFFIXES, "text": ("txt", "text", "caption")}  # all that is ever decoded
+SUFFIXES = {"image": IMAGE_SUFFIXES, "text": ("txt", "text", "caption", "md", "json")}  # all that is ever decoded
 PICKLES = ("pyd", "pkl", "pickle", "pt", "pth", "npz")
 MAX_BYTES = {"image": MAX_MEMBER_BYTES, "text": MAX_TEXT_BYTES}
 
