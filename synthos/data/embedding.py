@@ -7,6 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 SUFFIXES = (".npy", ".safetensors")
+MAX_BYTES = 1 << 30  # of a file: 4,000 tokens of 64,000 numbers
+MAX_HEADER_BYTES = 64 << 10  # of .safetensors, where one tensor takes some 100
 
 
 def read_embedding(path: Path) -> NDArray[np.float32]:
@@ -21,10 +23,12 @@ def read_embeddings(path: Path) -> dict[str, NDArray[np.float32]]:
     """All arrays of a file by their names, float32; that of a .npy file has none and is called "".
 
     Raises ValueError for another kind of file, and for what is no array of floats. Nothing of a file is run: no pickled
-    objects.
+    objects. Its sizes are checked before anything of those sizes is made.
     """
     if path.suffix not in SUFFIXES:
         raise ValueError(f"is no {' or '.join(SUFFIXES)} file")
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"has {path.stat().st_size} bytes; at most {MAX_BYTES} are read")
     arrays = {"": _read_npy(path)} if path.suffix == ".npy" else _read_safetensors(path)
     return {name: array.astype(np.float32) for name, array in arrays.items()}
 
@@ -34,6 +38,8 @@ def _read_npy(path: Path) -> NDArray[np.floating]:
         array = np.load(path, allow_pickle=False)
     except EOFError:
         raise ValueError("is empty") from None
+    except MemoryError as error:  # of the size that its header claims
+        raise ValueError(f"is no array: {error}") from None
     except zipfile.BadZipFile as error:
         raise ValueError(f"is no array: {error}") from None
     if not isinstance(array, np.ndarray):  # NumPy opens archives of arrays whatever they are called
@@ -47,6 +53,10 @@ def _read_npy(path: Path) -> NDArray[np.floating]:
 def _read_safetensors(path: Path) -> dict[str, NDArray[np.floating]]:
     from safetensors import SafetensorError, safe_open
 
+    with path.open("rb") as start:
+        length = start.read(8)
+    if len(length) == 8 and (header := int.from_bytes(length, "little")) > MAX_HEADER_BYTES:
+        raise ValueError(f"has a header of {header} bytes; at most {MAX_HEADER_BYTES} are read")
     try:
         with safe_open(path, "pt") as file:  # by torch: NumPy has no bfloat16
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # safe_open is no mapping

@@ -135,10 +135,12 @@ def load_index(file: Path | io.BytesIO, name: str = "") -> ShardIndex:
     name = name or str(file)
     try:
         with np.load(file, allow_pickle=False) as arrays:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in arrays.zip.infolist()):
+                raise ValueError("it is compressed, and could hold more than memory does")
             version, size, checksum = arrays["tar"].tolist()
             extensions = [extension.decode() for extension in arrays["extensions"].tolist()]
             index = ShardIndex(size, checksum, arrays["keys"], extensions, arrays["members"])
-    except (zipfile.BadZipFile, zlib.error, ValueError, KeyError, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, ValueError, KeyError, EOFError, MemoryError) as error:
         raise ValueError(f"{name} is damaged: {error}; delete it, and it is built anew") from None
     shape = (len(index), len(extensions))
     if version != FORMAT or index.members.dtype != MEMBER or index.members.shape != shape:

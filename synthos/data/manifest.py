@@ -53,8 +53,11 @@ def parse_manifest(content: bytes, where: str) -> dict[str, ShardLine]:
         parsed = json.loads(content)
         lines = [ShardLine(**line) for line in parsed["shards"]]
         sound = parsed["format"] == FORMAT and parsed["fingerprint"] == fingerprint(lines)
+        unsafe = [line.name for line in lines if "/" in line.name]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{where} is no manifest: {error!r}; delete it to go without one") from None
     if not sound:
         raise ValueError(f"{where} is of another format or was edited; delete it to go without one")
+    if unsafe:
+        raise ValueError(f"{where}: the shard {unsafe[0]!r} would lie in another folder; expected file names")
     return {line.name: line for line in lines}

@@ -11,10 +11,14 @@ from numpy.typing import NDArray
 
 from synthos.batch import Fault, Input
 from synthos.data.buckets import Size, assign
-from synthos.data.index import ShardIndex
+from synthos.data.index import IMAGE_SUFFIXES, MAX_TEXT_BYTES, ShardIndex
+from synthos.data.tar import MAX_MEMBER_BYTES
 from synthos.keys import sample_id
 
 Rows = NDArray[np.int64]
+SUFFIXES = {"image": IMAGE_SUFFIXES, "text": ("txt", "text", "caption", "md", "json")}  # all that is ever decoded
+PICKLES = ("pyd", "pkl", "pickle", "pt", "pth", "npz")
+MAX_BYTES = {"image": MAX_MEMBER_BYTES, "text": MAX_TEXT_BYTES}
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,8 @@ class Selector:
         chosen = choose(index, item)
         there = chosen >= 0
         fact = index.members["width" if item.kind == "image" else "chars"]
-        good = there & (fact[np.arange(len(index)), chosen] > 0)
+        each = np.arange(len(index)), chosen
+        good = there & (fact[each] > 0) & (index.members["size"][each] <= MAX_BYTES[item.kind])
         for row in np.flatnonzero(wanted & ~good).tolist():
             self.faults.append(self._fault(shard, index, row, name, item, int(chosen[row])))
         return good
@@ -115,9 +120,25 @@ class Selector:
             return Fault(*where, "", 0, 0, "missing", _lacking(index, row, name, item))
         member = index.member(row, column)
         place = index.extensions[column], member.offset, member.size
+        if member.size > MAX_BYTES[item.kind]:
+            most = MAX_BYTES[item.kind]
+            return Fault(*where, *place, "limits", f"has a {name} of {member.size} bytes; at most {most} are read")
         if item.kind == "image":
             return Fault(*where, *place, "decode", f"has an unreadable {name}, or one above 64 megapixels")
         return Fault(*where, *place, "caption", f"has an empty {name}, or one that is not UTF-8")
+
+
+def check_inputs(inputs: Mapping[str, Input]) -> None:
+    """Raise ValueError for members that are never decoded: other kinds, above all those that run code when read."""
+    for name, item in inputs.items():
+        for extension in item.extensions:
+            last = extension.rpartition(".")[2]
+            if last not in SUFFIXES[item.kind]:
+                why = ": a pickle can run any code" if last in PICKLES else ""
+                raise ValueError(
+                    f"the recipe's input {name!r}: members .{extension} are not read{why}; "
+                    f"an input of kind {item.kind} is read of {', '.join(SUFFIXES[item.kind])}"
+                )
 
 
 def choose(index: ShardIndex, item: Input) -> Rows:

@@ -101,6 +101,11 @@ def _list_folder(folder: str, key: str, storage: Storage) -> list[ShardPlace]:
     for line in lines.values():
         if line.url is not None:
             check_location(line.url, key, listed=True)
+            if is_remote(folder) and not is_remote(line.url):
+                raise ValueError(
+                    f"{key}: {masked(join(folder, manifest.FILE))} names {line.url!r}, which is no address; "
+                    "a manifest that lies elsewhere names no file of this machine"
+                )
     return [
         ShardPlace(line.url or join(folder, name), index_path(join(folder, name)), line) for name, line in lines.items()
     ]

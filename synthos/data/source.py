@@ -20,7 +20,7 @@ from synthos.data.index import ShardIndex, open_index
 from synthos.data.manifest import ShardLine, fingerprint
 from synthos.data.mixture import weight_schedule
 from synthos.data.overlap import Contents, contents_of, refuse_shared
-from synthos.data.selection import Rows, Selection, Selector
+from synthos.data.selection import Rows, Selection, Selector, check_inputs
 from synthos.data.shards import ShardPlace, Spec, list_shards
 from synthos.data.store.files import Storage
 from synthos.data.store.location import is_remote, masked
@@ -97,9 +97,10 @@ def open_split(
     """The training sources, and the held-out ones, which may be empty; indexes that are missing are built.
 
     Raises ValueError, naming config key, shard and sample, for shards that are missing or damaged, more samples that
-    can't be used than the config allows, and samples that are in both.
+    can't be used than the config allows, samples that are in both, and inputs that are never read.
     """
     check_config(config)
+    check_inputs(inputs)
     storage = storage or Storage()
     held_out: list[Source] = []
     refused: Contents = {}

@@ -9,6 +9,8 @@ from typing import IO
 
 MAX_MEMBER_BYTES = 64 << 20
 MAX_MEMBERS = 16  # of one sample
+MAX_EXTENSIONS = 256  # of one shard: an index has a column for each
+MAX_NAME = 1024  # characters: an index has as much room for every key
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
 
 Span = tuple[int, int]  # offset and size of a member's bytes in the tar
@@ -18,11 +20,13 @@ def walk(file: IO[bytes], path: str) -> dict[str, dict[str, Span]]:
     """The samples of a shard in order: key -> extension -> span.
 
     A key is a member's path up to the first dot of its file name; the extension is the rest, in lower case. Raises
-    ValueError naming `path` for compressed, cut or damaged tars, links, unsafe names, and doubled or split samples.
+    ValueError naming `path` for compressed, cut or damaged tars, links, unsafe names, doubled or split samples, and
+    for more of anything than the limits above.
     """
     members, end = _members(file, path)
     _check_end(file, path, end)
     samples: dict[str, dict[str, Span]] = {}
+    extensions: set[str] = set()
     latest = None
     for member in members:
         named = split_name(member.name)
@@ -35,8 +39,14 @@ def walk(file: IO[bytes], path: str) -> dict[str, dict[str, Span]]:
         if extension in sample:
             raise ValueError(f"{path}: duplicate member {member.name!r}")
         sample[extension] = (member.offset_data, member.size)
+        extensions.add(extension)
         if len(sample) > MAX_MEMBERS:
             raise ValueError(f"{path}: sample {key!r} has more than {MAX_MEMBERS} members")
+        if len(extensions) > MAX_EXTENSIONS:
+            raise ValueError(
+                f"{path}: more than {MAX_EXTENSIONS} kinds of members, as {extension!r} of {member.name!r}: "
+                "a key ends at the first dot of its file name; write the shard with keys without dots"
+            )
         latest = key
     return samples
 
@@ -53,13 +63,14 @@ def _members(file: IO[bytes], path: str) -> tuple[list[tarfile.TarInfo], int]:
     file.seek(0)
     if magic in COMPRESSED:
         raise ValueError(f"{path} is compressed ({COMPRESSED[magic]}); shards are read as plain tars: decompress it")
+    members = []
     try:
         with tarfile.open(fileobj=file, mode="r:", errors="strict") as tar:
-            members = tar.getmembers()
+            for member in tar:  # one by one: a negative size would lead tarfile back to headers it has read
+                _check_member(member, path)
+                members.append(member)
     except (tarfile.TarError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is cut or damaged: {error}") from None
-    for member in members:
-        _check_member(member, path)
     end = max((m.offset_data + -(-m.size // 512) * 512 for m in members), default=0)
     return [m for m in members if m.isfile()], end
 
@@ -67,8 +78,12 @@ def _members(file: IO[bytes], path: str) -> tuple[list[tarfile.TarInfo], int]:
 def _check_member(member: tarfile.TarInfo, path: str) -> None:
     if not (member.isfile() or member.isdir()) or member.issparse():
         raise ValueError(f"{path}: {member.name!r} is a link or a device; only regular files are read")
-    if member.name.startswith("/") or ".." in member.name.split("/") or "\n" in member.name:
+    if len(member.name) > MAX_NAME:
+        raise ValueError(f"{path}: a member's name has {len(member.name)} characters; at most {MAX_NAME} are read")
+    if member.name.startswith("/") or ".." in member.name.split("/") or {"\n", "\0"} & {*member.name}:
         raise ValueError(f"{path}: unsafe member name {member.name!r}")
+    if member.size < 0:
+        raise ValueError(f"{path} is damaged: {member.name!r} has {member.size} bytes")
     if member.size > MAX_MEMBER_BYTES:
         raise ValueError(f"{path}: {member.name!r} has {member.size} bytes; at most {MAX_MEMBER_BYTES} are read")
 

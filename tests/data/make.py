@@ -1,7 +1,10 @@
 """What the tests of the data package are made of: small pictures, small tars, a config."""
 
 import io
+import os
+import struct
 import tarfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,31 @@ def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
+def black_png(width: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A square of one bit per pixel, all of it black."""
+    rows = zlib.compressobj(9)
+    pixels = b"".join(rows.compress(bytes((width + 7) // 8 + 1)) for _ in range(width)) + rows.flush()
+    every = (
+        (b"IHDR", struct.pack(">IIBBBBB", width, width, 1, 0, 0, 0, 0)),
+        *chunks,
+        (b"IDAT", pixels),
+        (b"IEND", b""),
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in every
+    )
+
+
+class Payload:
+    """What unpickling it does: it makes a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (self.path,)
+
+
 def tar(path: Path, members: list[tuple[str, bytes]], kind: int = tarfile.USTAR_FORMAT) -> Path:
     """A tar of exactly these members, in this order."""
     with tarfile.open(path, "w", format=kind) as file:
@@ -41,6 +69,15 @@ def tar(path: Path, members: list[tuple[str, bytes]], kind: int = tarfile.USTAR_
             info.size = len(data)
             file.addfile(info, io.BytesIO(data))
     return path
+
+
+def change(shard: Path, member: str) -> None:
+    """Flip bits in the middle of a member; every size and header stays."""
+    with tarfile.open(shard) as file:
+        place = file.getmember(member)
+    data = bytearray(shard.read_bytes())
+    data[place.offset_data + place.size // 2] ^= 0xFF
+    shard.write_bytes(data)
 
 
 def pairs(keys: list[str]) -> list[tuple[str, bytes]]:

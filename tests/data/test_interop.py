@@ -107,3 +107,36 @@ def test_a_tar_without_pictures_is_named(tmp_path: Path) -> None:
     tar(tmp_path / "1.tar", [("b.png", picture()), ("b.txt", b"words")])
     with pytest.raises(ValueError, match=r"0\.tar: sample 'a' is without an image: .* it has json, txt"):
         Stream(config(tmp_path), INPUTS, batch_size=1, rank=0, world=1, seed=0)
+
+
+def test_pictures_of_all_makes_and_names(tmp_path: Path) -> None:
+    """Upper-case extensions, folders, dots behind the key; every mode a camera or a designer leaves. Left half red."""
+    half = Image.new("RGB", (16, 16), "white")
+    half.paste((255, 0, 0), (0, 0, 8, 16))
+    clear = half.convert("RGBA")
+    clear.paste((0, 0, 255, 0), (8, 0, 16, 16))  # transparent: white
+    lying = Image.Exif()
+    lying[0x0112] = 6  # a quarter turn is to be undone
+    grey = Image.fromarray(np.repeat(np.repeat(np.array([[20_000, 65_535]], np.uint16), 8, axis=1), 16, axis=0))
+    red, grey_red = (255, 0, 0), (78, 78, 78)
+    kinds = {
+        "A.PNG": (encoded(half, "PNG"), red),
+        "folder/b.v2/c.Jpeg": (encoded(half, "JPEG", quality=95), red),
+        "d.JPG": (encoded(half.convert("CMYK"), "JPEG", quality=95), red),
+        "e.webp": (encoded(half, "WEBP", lossless=True), red),
+        "f.WEBP": (encoded(clear, "WEBP", lossless=True), red),
+        "g.png": (encoded(clear, "PNG"), red),
+        "h.png": (encoded(half.convert("P", palette=Image.Palette.ADAPTIVE), "PNG"), red),
+        "i.png": (encoded(grey, "PNG"), grey_red),
+        "j.jpg": (encoded(half.rotate(90), "JPEG", quality=95, exif=lying), red),
+        "k.png": (encoded(half.rotate(90), "PNG", exif=lying), red),
+    }
+    members = []
+    for name, (data, _) in kinds.items():
+        members += [(name, data), (f"{name.rpartition('.')[0]}.TXT", name.encode())]
+    tar(tmp_path / "0.tar", members)
+    batch = Stream(config(tmp_path), INPUTS, batch_size=len(kinds), rank=0, world=1, seed=0).next()
+    assert sorted(batch.texts("text")) == sorted(kinds) and not batch.faults
+    for name, pixels in zip(batch.texts("text"), batch.images("image").numpy().astype(int), strict=True):
+        assert np.abs(pixels[:, 4, 1] - kinds[name][1]).max() <= 3, name
+        assert np.abs(pixels[:, 4, 6] - 255).max() <= 3, name
