@@ -12,6 +12,18 @@ VERBS = {  # verb -> ("module:function", what it does)
     "requests detailmaster": ("launch.commands.detailmaster:main", "write the prompts of DetailMaster as requests"),
     "weights export": ("launch.commands.weights:main", "write a trained projector in the original Wan2.1 naming"),
     "data write": ("synthos.data.commands.write:main", "write pictures and captions as shards"),
+    "data index": ("synthos.data.commands.index:main", "index shards, here or elsewhere, and write their manifest"),
+    "data validate": ("synthos.data.commands.validate:main", "read every byte of some shards, and list what is wrong"),
+    "data stats": ("synthos.data.commands.stats:main", "tell what a data set is made of"),
+    "data filter": ("synthos.data.commands.filter:main", "keep the samples within limits of size, aspect and caption"),
+    "data reshard": ("synthos.data.commands.reshard:main", "the same samples in shards of another size"),
+    "data plan": ("launch.commands.data_plan:main", "tell what a run will read, before it is queued"),
+    "data audit": ("launch.commands.audit:main", "prove that a run consumed every sample exactly once"),
+    "data quarantine": (
+        "synthos.data.commands.quarantine:main",
+        "list a run's bad samples, and leave them out of another",
+    ),
+    "data preview": ("synthos.data.commands.preview:main", "a contact sheet of a data set"),
 }
 
 Command = Callable[[list[str]], int | Callable[[], int]]

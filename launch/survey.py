@@ -55,6 +55,17 @@ def survey(config: RunConfig, recipe: Any, dry_run: bool, absent: Sequence[str] 
     return Survey(data, [*data.missing, *absent], notes)
 
 
+def write_built_in(config: RunConfig) -> None:
+    """Write a built-in data set that is not there yet; ValueError where it can't be."""
+    if not _unwritten(config.data):
+        return
+    _check_home(config)
+    module = _module(config.data)
+    if lines := module.missing():
+        raise ValueError("\n".join(lines))
+    module.prepare(_home(config.data))
+
+
 def _home(data: DataConfig) -> Path:
     """The folder of a built-in data set, which holds its splits."""
     if not isinstance(data.shards, str):

@@ -1,5 +1,6 @@
 """Every command that README and docs show is one that the product understands."""
 
+import importlib
 import re
 import shlex
 import shutil
@@ -11,6 +12,7 @@ import pytest
 from benchmarks.learning import MEASURES
 from launch.ask import check_keys, parse_fields, request_fields
 from launch.check import value_problems
+from launch.cli import VERBS
 from launch.commands import detailmaster
 from launch.compose import choices, compose, compose_generate
 from synthos.build import recipe_class, recipe_config
@@ -57,6 +59,13 @@ def test_command_is_understood(page: str, command: str, tmp_path: Path, monkeypa
         assert given.images or given.table
     elif words[:3] == ["synthos", "requests", "detailmaster"]:
         assert detailmaster.parser().parse_args(words[3:]).dataset
+    elif words[:3] == ["synthos", "data", "plan"]:
+        monkeypatch.chdir(tmp_path)
+        config = compose([word for word in words[3:] if word != "--json"]).config
+        assert value_problems(config, recipe_class("i2i"), recipe_config(config.recipe)) == []
+    elif words[:2] == ["synthos", "data"]:
+        module = importlib.import_module(VERBS[f"data {words[2]}"][0].partition(":")[0])
+        assert module.parser().parse_args(words[3:])
     else:
         assert words[:2] == ["synthos", "generate"], command
         given = dict(w.split("=", 1) for w in words[2:])

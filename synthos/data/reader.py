@@ -141,8 +141,7 @@ class Reader(Dataset[Batch]):
         """Put the sample that stands for a bad one to its place; returns its id."""
         tried = {fault.key}
         for attempt in range(2 * TRIES):
-            number = hash64("substitute", fault.id, fault.epoch, attempt) % self.sources[source].selection.num_rows
-            found = self.sources[source].used(number)
+            found = candidate(self.sources[source], fault.id, fault.epoch, attempt)
             if found is None:
                 continue
             view, row = self._view(source, found[0]), found[1]
@@ -170,6 +169,11 @@ class Reader(Dataset[Batch]):
         began = time.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+
+
+def candidate(source: Source, identity: int, epoch: int, attempt: int) -> tuple[int, int] | None:
+    """Shard and row of the sample that an attempt looks at, to stand for a bad one; None where it is not used."""
+    return source.used(hash64("substitute", identity, epoch, attempt) % source.selection.num_rows)
 
 
 def _grouped(asked: Instruction) -> dict[tuple[int, int], Ints]:

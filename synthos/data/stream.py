@@ -92,10 +92,7 @@ class Stream:
     def digest(self) -> str:
         """Hash of the samples that the latest global batch was planned of, 16 hex digits; equal on every rank."""
         assert self._latest is not None
-        digest = hashlib.blake2b(digest_size=8)
-        for column in (self._latest.sources, self._latest.epochs, self._latest.positions):
-            digest.update(column.astype("<i8").tobytes())
-        return digest.hexdigest()
+        return digest(self._latest)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the run stands and what its order depends on: plain JSON, the same on every rank."""
@@ -215,6 +212,14 @@ def identity(config: DataConfig, sources: list[Source], planner: Planner, seed: 
         "window": config.window,
         "tail": config.tail,
     }
+
+
+def digest(planned: Planned) -> str:
+    """Hash of the samples that a global batch is planned of, 16 hex digits."""
+    found = hashlib.blake2b(digest_size=8)
+    for column in (planned.sources, planned.epochs, planned.positions):
+        found.update(column.astype("<i8").tobytes())
+    return found.hexdigest()
 
 
 def instruct(planned: Planned, sources: list[Source], share: slice) -> Instruction:

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -136,6 +137,13 @@ def write_shards(out: Path, items: Iterable[Item], shard_size: int = 1000) -> Wr
 
     Raises ValueError if `out` holds anything, for an impossible shard size, and if no item can be written.
     """
+    with new_data_set(out, shard_size) as part:
+        return _write_all(part, items, shard_size)
+
+
+@contextmanager
+def new_data_set(out: Path, shard_size: int) -> Iterator[Path]:
+    """A folder that becomes `out` when the block is left in order; ValueError as in `write_shards`."""
     if not 1 <= shard_size <= MAX_SHARD_SIZE:
         raise ValueError(f"shard size {shard_size} is not allowed; 1 to {MAX_SHARD_SIZE}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -143,11 +151,10 @@ def write_shards(out: Path, items: Iterable[Item], shard_size: int = 1000) -> Wr
     part = out.with_name(f".{out.name}.{os.getpid()}.part")
     part.mkdir(parents=True)
     try:
-        written = _write_all(part, items, shard_size)
+        yield part
         part.rename(out)
     finally:
         shutil.rmtree(part, ignore_errors=True)  # only there if something went wrong
-    return written
 
 
 def _write_all(folder: Path, items: Iterable[Item], shard_size: int) -> Written:
@@ -195,14 +202,23 @@ def _first(skipped: IO[str]) -> str:
 
 
 def _write_shard(folder: Path, number: int, samples: Iterable[tuple[Members, dict[str, Any]]]) -> ShardLine:
+    return write_tar(folder, number, (_keyed(number, row, *sample) for row, sample in enumerate(samples)))
+
+
+def _keyed(number: int, row: int, members: Members, facts: dict[str, Any]) -> tuple[str, Members]:
+    key = f"{number * MAX_SHARD_SIZE + row:09d}"
+    text = json.dumps({**facts, "key": key}, sort_keys=True, ensure_ascii=False)
+    return key, {**members, "json": text.encode()}
+
+
+def write_tar(folder: Path, number: int, samples: Iterable[tuple[str, Members]]) -> ShardLine:
+    """Write keys and members as shard `number` of a folder, with its index."""
     from webdataset.writer import TarWriter
 
     path = folder / f"{number:05d}.tar"
-    with path.open("wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
-        for row, (members, facts) in enumerate(samples):
-            key = f"{number * MAX_SHARD_SIZE + row:09d}"
-            text = json.dumps({**facts, "key": key}, sort_keys=True, ensure_ascii=False)
-            tar.write({**members, "__key__": key, "json": text.encode()})
+    with path.open("wb") as file, TarWriter(file, encoder=False, mtime=0, keep_meta=True) as tar:
+        for key, members in samples:
+            tar.write({**members, "__key__": key})
     index = build_index(path)
     save_index(Path(index_path(str(path))), index)
     return index.line(path.name)

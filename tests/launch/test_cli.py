@@ -27,7 +27,8 @@ def test_an_unknown_verb_is_one_message(capsys: pytest.CaptureFixture[str]) -> N
     assert cli.main(["sbmit"]) == 2
     assert capsys.readouterr().err == (
         "error: synthos has no verb 'sbmit'; did you mean 'submit'? "
-        "allowed: data write, generate, requests detailmaster, submit, weights export\n"
+        "allowed: data audit, data filter, data index, data plan, data preview, data quarantine, data reshard, "
+        "data stats, data validate, data write, generate, requests detailmaster, submit, weights export\n"
     )
 
 
