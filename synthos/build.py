@@ -13,6 +13,7 @@ from torch import nn
 from synthos.batch import Features
 from synthos.data.plan import steps_of
 from synthos.data.stream import HeldOut, Stream
+from synthos.data.streaming import Streaming
 from synthos.models import initial
 from synthos.models.parts import Models, contents
 from synthos.recipes.base import Encoded, Recipe, file_fields, load_encoded, name_pictures, save_encoded
@@ -91,14 +92,7 @@ def build_job(config: RunConfig, folder: Path, world: World, stop: Stop, attempt
     initial.start_from(config, recipe.network, models)
     recipe.compute_dtype = world.dtype
     held_out = HeldOut(config.data, recipe.inputs)
-    stream = Stream(
-        config.data,
-        recipe.inputs,
-        batch_size=config.batch.size,
-        rank=world.rank,
-        world=world.size,
-        seed=config.seed,
-    )
+    stream = build_stream(config, recipe, world)
     layout = layout_of(config, recipe, world)
     log.info("encoders %s: %s", layout.encoders, layout.reason)
     everyone = build_mesh("full", config, world.device) if layout.encoders == "full" else None
@@ -132,6 +126,14 @@ def build_job(config: RunConfig, folder: Path, world: World, stop: Stop, attempt
         ),
         last_step=last_step(config, len(stream)),
     )
+
+
+def build_stream(config: RunConfig, recipe: Recipe, world: World) -> Stream | Streaming:
+    """This rank's batches: planned from indexes, or read one shard after another."""
+    data, inputs, size, seed = config.data, recipe.inputs, config.batch.size, config.seed
+    if data.streaming is None:
+        return Stream(data, inputs, batch_size=size, rank=world.rank, world=world.size, seed=seed)
+    return Streaming(data, inputs, batch_size=size, rank=world.rank, world=world.size, seed=seed, collect=world.collect)
 
 
 def last_step(config: RunConfig, samples: int) -> int:

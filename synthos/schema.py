@@ -53,6 +53,14 @@ class BucketConfig:
 
 
 @dataclass(frozen=True)
+class StreamingConfig:
+    """Shards are read one after another, without an index."""
+
+    samples_per_epoch: int  # declared, for nobody has counted them
+    block: int = 1000  # samples that each reader holds and shuffles together
+
+
+@dataclass(frozen=True)
 class DataConfig:
     name: str
     shards: str | list[str] | None  # brace pattern, glob, folder, or a .txt / .json list of tars
@@ -73,6 +81,7 @@ class DataConfig:
     max_bad_fraction: float  # of a source's samples, and of any 100,000 in a row, that may be bad
     max_bad_per_shard: int
     prepare: str | None  # module of synthos.data that writes this data set on first use
+    streaming: StreamingConfig | None = None  # for shards without an index
 
 
 @dataclass(frozen=True)

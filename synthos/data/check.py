@@ -37,16 +37,22 @@ def facts(config: DataConfig, inputs: Mapping[str, Input], build: bool) -> DataF
     places, missing = _list(config, storage)
     if missing:
         return DataFacts(missing=missing)
-    if not build and not all(is_remote(place.index) or Path(place.index).is_file() for place in places):
+    indexed = places
+    if config.streaming is not None:
+        indexed = list_shards(config.validation, "data.validation", storage) if config.validation is not None else []
+    if not build and not all(is_remote(place.index) or Path(place.index).is_file() for place in indexed):
         return DataFacts(shards=len(places))
     try:
         training, held_out = open_split(config, inputs, storage)
     except StorageError as error:
         return DataFacts(shards=len(places), missing=[f"data: {error}"])
     of_their_own = held_out if config.validation is not None else []
-    names = " ".join(source.fingerprint for source in [*training, *of_their_own])
-    identity = hashlib.blake2b(names.encode(), digest_size=16).hexdigest()
-    return DataFacts(sum(map(len, training)), sum(map(len, held_out)), len(places), identity, [])
+    names = [source.fingerprint for source in [*training, *of_their_own]]
+    samples = sum(map(len, training))
+    if config.streaming is not None:
+        names, samples = names + [place.name for place in places], config.streaming.samples_per_epoch
+    identity = hashlib.blake2b(" ".join(names).encode(), digest_size=16).hexdigest()
+    return DataFacts(samples, sum(map(len, held_out)), len(places), identity, [])
 
 
 def _list(config: DataConfig, storage: Storage) -> tuple[list[ShardPlace], list[str]]:

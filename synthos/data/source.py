@@ -96,8 +96,9 @@ def open_split(
 ) -> tuple[list[Source], list[Source]]:
     """The training sources, and the held-out ones, which may be empty; indexes that are missing are built.
 
-    Raises ValueError, naming config key, shard and sample, for shards that are missing or damaged, more samples that
-    can't be used than the config allows, samples that are in both, and inputs that are never read.
+    With `data.streaming` nothing is opened for training. Raises ValueError, naming config key, shard and sample, for
+    shards that are missing or damaged, more samples that can't be used than the config allows, samples that are in
+    both, and inputs that are never read.
     """
     check_config(config)
     check_inputs(inputs)
@@ -109,6 +110,8 @@ def open_split(
         opened = open_source(config, name, config.validation, key, inputs, storage, Purpose("validation"))
         held_out = [opened]
         refused = contents_of(opened.places, opened.selection.left_out, inputs, storage)
+    if config.streaming is not None:
+        return [], held_out
     purpose = Purpose("training", config.holdout_fraction, held_out[0].fingerprint if held_out else "", refused)
     specs = {config.name: (config.shards, "data.shards")}
     if config.mix is not None:
@@ -197,6 +200,25 @@ def check_config(config: DataConfig) -> None:
         raise ValueError("data.mix: names no source; expected {name: {shards: ..., weight: ...}}, or null")
     weight_schedule(config.mix, [1] * len(config.mix or [1]))
     bucket_sizes(config)
+    if config.streaming is not None:
+        _check_streaming(config)
+
+
+def _check_streaming(config: DataConfig) -> None:
+    """Raise ValueError for what only an index makes possible."""
+    assert config.streaming is not None
+    for name in ("samples_per_epoch", "block"):
+        if getattr(config.streaming, name) < 1:
+            raise ValueError(f"data.streaming.{name}: {getattr(config.streaming, name)} is not allowed; at least 1")
+    usual = {"mix": None, "buckets": None, "holdout_fraction": 0, "lanes": None, "tail": "carry", "prepare": None}
+    for name, value in usual.items():
+        if getattr(config, name) != value:
+            raise ValueError(
+                f"data.{name}: {getattr(config, name)} would be ignored, for data.streaming reads without an index; "
+                f"expected {'null' if value is None else value}, or data.streaming=null"
+            )
+    if config.read == "shards":
+        raise ValueError("data.read: shards would be ignored, for data.streaming keeps none; expected auto or ranges")
 
 
 def _check_line(place: ShardPlace, index: ShardIndex, key: str) -> ShardLine:

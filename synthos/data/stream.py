@@ -49,11 +49,7 @@ class Stream:
     def __init__(
         self, config: DataConfig, inputs: dict[str, Input], *, batch_size: int, rank: int, world: int, seed: int
     ) -> None:
-        if batch_size % world:
-            near = max(batch_size // world, 1) * world
-            raise ValueError(
-                f"batch.size: {batch_size} does not divide among {world} ranks; {near} and {near + world} do"
-            )
+        check_share(batch_size, world)
         self.config, self.seed = config, seed
         self.sources, _ = open_split(config, inputs)
         self.planner = build_planner(config, self.sources, batch_size, seed)
@@ -147,11 +143,11 @@ class Stream:
         loader = DataLoader(
             self._reader,
             batch_sampler=map(self._instruct, itertools.count(self.cursor)),
-            collate_fn=_as_is,
+            collate_fn=as_is,
             num_workers=workers,
             # Forked children would inherit locks of CUDA and of this process's threads.
             multiprocessing_context="forkserver" if workers else None,
-            worker_init_fn=_ignore_signals if workers else None,
+            worker_init_fn=ignore_signals if workers else None,
         )
         if workers:
             atexit.register(self.close)  # Python would end readers by SIGTERM, which they ignore, and wait for ever
@@ -266,12 +262,19 @@ class HeldOut:
         return batch
 
 
-def _as_is(batch: Any) -> Any:
+def check_share(batch_size: int, world: int) -> None:
+    """Raise ValueError where the ranks can't share a global batch equally."""
+    if batch_size % world:
+        near = max(batch_size // world, 1) * world
+        raise ValueError(f"batch.size: {batch_size} does not divide among {world} ranks; {near} and {near + world} do")
+
+
+def as_is(batch: Any) -> Any:
     """Readers return whole batches."""
     return batch
 
 
-def _ignore_signals(worker: int) -> None:
+def ignore_signals(worker: int) -> None:
     """A stop is the training process's to handle; readers that it still needs must not die of the same signal."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)

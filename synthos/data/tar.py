@@ -67,7 +67,7 @@ def _members(file: IO[bytes], path: str) -> tuple[list[tarfile.TarInfo], int]:
     try:
         with tarfile.open(fileobj=file, mode="r:", errors="strict") as tar:
             for member in tar:  # one by one: a negative size would lead tarfile back to headers it has read
-                _check_member(member, path)
+                check_member(member, path)
                 members.append(member)
     except (tarfile.TarError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is cut or damaged: {error}") from None
@@ -75,7 +75,8 @@ def _members(file: IO[bytes], path: str) -> tuple[list[tarfile.TarInfo], int]:
     return [m for m in members if m.isfile()], end
 
 
-def _check_member(member: tarfile.TarInfo, path: str) -> None:
+def check_member(member: tarfile.TarInfo, path: str) -> None:
+    """Raise ValueError, naming `path`, for a member that is never read."""
     if not (member.isfile() or member.isdir()) or member.issparse():
         raise ValueError(f"{path}: {member.name!r} is a link or a device; only regular files are read")
     if len(member.name) > MAX_NAME:
