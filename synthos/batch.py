@@ -64,7 +64,7 @@ class Batch:
     weights: Tensor = field(default_factory=lambda: torch.empty(0))  # float32 [B]; default: ones
     replaced: Tensor = field(default_factory=lambda: torch.empty(0))  # bool [B]; default: none
     faults: list[Fault] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)  # that readers took: fetch, read, decode
+    seconds: dict[str, float] = field(default_factory=dict)  # that readers took: fetch, read, decode, transform
 
     def __post_init__(self) -> None:
         if not len(self.weights):

@@ -16,6 +16,7 @@ The crop's edges lie between pixels. Rounded to whole ones they would shift smal
 import io
 import math
 import struct
+import time
 from typing import Literal, NamedTuple
 
 import cv2
@@ -39,6 +40,10 @@ _OFF_GRID = 1 / 8  # of a pixel: a shift that is seen less (44 dB at worst) than
 _EARLY = 16  # pixels made before the first wanted one, at most
 
 
+class TooManyPixels(ValueError):
+    """A picture of more than `MAX_PIXELS`."""
+
+
 class _Header(NamedTuple):
     size: tuple[int, int]  # width, height as the picture lies in the file
     turn: int  # EXIF orientation, 1 to 8; 5 to 8 swap width and height
@@ -57,19 +62,25 @@ def decode_image(data: bytes, height: int, width: int, crop: Crop) -> NDArray[np
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-def decode_into(data: bytes, out: Pixels, crop: Crop) -> None:
-    """Like `decode_image`, into `out`, C-contiguous [height, width, 3]; after an error its content is undefined."""
+def decode_into(data: bytes, out: Pixels, crop: Crop) -> float:
+    """Like `decode_image`, into `out`, C-contiguous [height, width, 3]; after an error its content is undefined.
+
+    Returns the seconds that it took to crop, scale and turn what was decoded.
+    """
     header = _read_header(data)
+    lying = out
+    if header.turn != 1:
+        lying = np.empty(out.shape if header.turn < 5 else (out.shape[1], out.shape[0], 3), np.uint8)
     try:
-        if header.turn == 1:
-            _render(data, header, crop, out)
-        else:
-            shape = out.shape if header.turn < 5 else (out.shape[1], out.shape[0], 3)
-            lying = np.empty(shape, np.uint8)
-            _render(data, header, crop, lying)
-            _stand_up(lying, header.turn, out)
+        decoded = _decode(data, header, crop, lying)
     except (OSError, SyntaxError) as error:  # SyntaxError: Pillow's word for a broken PNG chunk
         raise ValueError(f"damaged {header.image.format if header.image else 'JPEG'}: {error}") from None
+    began = time.perf_counter()
+    if decoded is not None:
+        _resize(*decoded, lying)
+    if header.turn != 1:
+        _stand_up(lying, header.turn, out)
+    return time.perf_counter() - began
 
 
 def open_image(data: bytes) -> Image.Image:
@@ -77,7 +88,7 @@ def open_image(data: bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP", "AVIF"))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise ValueError(f"more than {MAX_PIXELS} pixels") from None
+        raise TooManyPixels(f"more than {MAX_PIXELS} pixels") from None
     except OSError:
         raise ValueError("not a readable JPEG, PNG, WebP or AVIF") from None
     _limit(*image.size)
@@ -92,7 +103,7 @@ def image_size(data: bytes) -> tuple[int, int]:
 
 def _limit(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
-        raise ValueError(f"more than {MAX_PIXELS} pixels: {width} x {height}")
+        raise TooManyPixels(f"more than {MAX_PIXELS} pixels: {width} x {height}")
 
 
 def _read_header(data: bytes) -> _Header:
@@ -121,8 +132,11 @@ def _is_plain_jpeg(data: bytes) -> bool:
     return False
 
 
-def _render(data: bytes, header: _Header, crop: Crop, out: Pixels) -> None:
-    """The picture as it lies in the file, cropped and scaled into `out`."""
+def _decode(data: bytes, header: _Header, crop: Crop, out: Pixels) -> tuple[Pixels, Box] | None:
+    """Pixels as they lie in the file, at least as large as `out` wants, and the box of them that it shows.
+
+    None where they are wanted as they are: then they are in `out`.
+    """
     height, width, _ = out.shape
     box = _cover(header.size, (width, height)) if crop == "shared" else (0.0, 0.0, *header.size)
     scale = max(width / (box[2] - box[0]), height / (box[3] - box[1]))
@@ -137,10 +151,9 @@ def _render(data: bytes, header: _Header, crop: Crop, out: Pixels) -> None:
         except ValueError:  # as above
             pass
         else:
-            if not same:
-                _resize(pixels, tuple(edge * eighths / 8 for edge in box), out)
-            return
-    _resize(np.array(_to_rgb(header.image or open_image(data))), box, out)
+            left, top, right, bottom = (edge * eighths / 8 for edge in box)
+            return None if same else (pixels, (left, top, right, bottom))
+    return np.array(_to_rgb(header.image or open_image(data))), box
 
 
 def _cover(source: tuple[int, int], target: tuple[int, int]) -> Box:
@@ -150,7 +163,7 @@ def _cover(source: tuple[int, int], target: tuple[int, int]) -> Box:
     return (source[0] - w) / 2, (source[1] - h) / 2, (source[0] + w) / 2, (source[1] + h) / 2
 
 
-def _resize(pixels: Pixels, box: tuple[float, ...], out: Pixels) -> None:
+def _resize(pixels: Pixels, box: Box, out: Pixels) -> None:
     """`box` of the pixels, scaled with Keys' cubic, into `out`; the box may end beyond the pixels by part of one."""
     height, width, _ = out.shape
     across, down = _on_grid(box[0], box[2], width), _on_grid(box[1], box[3], height)

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from synthos.batch import Batch, Fault, Input
 from synthos.data.buckets import Size, assign
-from synthos.data.decode import decode_into
+from synthos.data.decode import TooManyPixels, decode_into
 from synthos.data.selection import sized_input
 from synthos.data.shelf import Shelf, View
 from synthos.data.source import Source
@@ -25,6 +25,7 @@ from synthos.keys import hash64, sample_id
 
 Ints = NDArray[np.int64]
 Columns = dict[str, Any]  # pixels uint8 [B, H, W, 3] or a list of B texts, by input
+READERS = ("fetch", "read", "decode", "transform")  # what a reader spends its time on
 TRIES = 4096  # rows looked at for a substitute of the same bucket, then as many of any
 
 
@@ -67,7 +68,7 @@ class Reader(Dataset[Batch]):
         Raises RuntimeError naming shard and key for a sample that can't be used and has no substitute.
         """
         (asked,) = instructions
-        self.seconds = dict.fromkeys(("fetch", "read", "decode"), 0.0)
+        self.seconds = dict.fromkeys(READERS, 0.0)
         size = self.sizes[asked.bucket]
         columns = self._columns(len(asked.rows), size)
         ids, replaced, faults = np.empty(len(asked.rows), np.uint64), np.zeros(len(asked.rows), bool), []
@@ -122,20 +123,23 @@ class Reader(Dataset[Batch]):
         self, source: int, view: View, row: int, epoch: int, data: dict[str, bytes], columns: Columns, place: int
     ) -> None:
         """Put each input of a sample to its place in the batch. Raises Unusable, and may leave half of it there."""
-        name = self.sources[source].name
+        name, moved = self.sources[source].name, 0.0
         with self._timed("decode"):
             for key, item in self.inputs.items():
                 if zlib.crc32(data[key]) != view.members[key][row]["checksum"]:
                     raise Unusable(view.fault(name, row, epoch, key, "checksum", "has changed since it was indexed"))
                 try:
                     if item.kind == "image":
-                        decode_into(data[key], columns[key][place], item.crop)
+                        moved += decode_into(data[key], columns[key][place], item.crop)
                     else:
                         columns[key][place] = data[key].decode().strip()
                 except ValueError as error:
-                    reason = "decode" if item.kind == "image" else "caption"
+                    limited = isinstance(error, TooManyPixels)
+                    reason = "limits" if limited else "decode" if item.kind == "image" else "caption"
                     said = f"can't be decoded: {key}: {error}"
                     raise Unusable(view.fault(name, row, epoch, key, reason, said)) from None
+        self.seconds["decode"] -= moved
+        self.seconds["transform"] += moved
 
     def _substitute(self, source: int, fault: Fault, bucket: int, columns: Columns, place: int) -> int:
         """Put the sample that stands for a bad one to its place; returns its id."""

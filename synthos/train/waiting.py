@@ -1,11 +1,11 @@
 """What a step waited for its data for, and what would help."""
 
-READERS = ("fetch", "read", "decode")
 SHARE = 0.05  # of a step, above which waiting is worth a word
 ADVICE = {
     "fetch": "the network: data.read=shards, data.cache on a fast local disk, nearer shards, or more data.workers",
     "read": "the disk: larger shards, a smaller data.window, or the shards on a faster disk",
     "decode": "decoding: more data.workers (and cores), or pictures stored nearer to the size they are read in",
+    "transform": "cropping and scaling: more data.workers (and cores), or pictures stored in the size they are read in",
     "transfer": "moving batches to the device: a smaller batch.micro",
 }
 
@@ -20,7 +20,7 @@ def waits(waited: float, moved: float, seconds: float, readers: dict[str, float]
         readers: seconds that the reader of this batch spent, by kind; they overlap with training and each other.
     """
     total = sum(readers.values())
-    split = {kind: waited * readers[kind] / total if total else 0.0 for kind in READERS if kind in readers}
+    split = {kind: waited * spent / total if total else 0.0 for kind, spent in readers.items()}
     parts = {f"data/wait_{kind}_s": value for kind, value in {**split, "transfer": moved}.items()}
     return {"data/wait_s": waited + moved, "data/wait": (waited + moved) / seconds, **parts}
 

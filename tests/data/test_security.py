@@ -179,7 +179,7 @@ def test_other_formats_are_refused_whatever_they_are_called(tmp_path: Path, kind
     if kind == "JPEG2000":
         pytest.importorskip("PIL.Jpeg2KImagePlugin")
     data = encoded(noise(16, 16), kind)
-    with pytest.raises(ValueError, match="not a readable JPEG, PNG or WebP"):
+    with pytest.raises(ValueError, match="not a readable JPEG, PNG, WebP or AVIF"):
         decode_image(data, 8, 8, "shared")
     (tmp_path / "set").mkdir()
     tar(tmp_path / "set" / "0.tar", [*pairs(["a"]), (f"b.{extension}", data), ("b.txt", b"caption")])
@@ -191,7 +191,7 @@ def test_psd_is_refused() -> None:
     """A header and a flat picture, which Pillow can read."""
     data = b"8BPS" + struct.pack(">H6xHIIHH", 1, 3, 4, 4, 8, 3) + bytes(12) + bytes(2) + bytes(48)
     assert Image.open(io.BytesIO(data)).format == "PSD"
-    with pytest.raises(ValueError, match="not a readable JPEG, PNG or WebP"):
+    with pytest.raises(ValueError, match="not a readable JPEG, PNG, WebP or AVIF"):
         decode_image(data, 8, 8, "shared")
 
 
