@@ -493,7 +493,8 @@ def test_pictures_come_from_a_picture_at_several_scales_and_from_an_embedding(
     done = synthos("generate", weights, f"embedding={tmp_path}/odd.npy", f"out={tmp_path}/c.png")
     assert done.returncode == 2 and "has shape [3, 64]; expected [16, 64] or [81, 64]" in done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "c.png").exists()
-    job = [weights, embedding, "steps=3", "cluster=local", "cluster.device=cpu", f"runs_dir={tmp_path / 'r'}"]
+    threads = f"cluster.threads={torch.get_num_threads()}"  # as here: float sums depend on it
+    job = [weights, embedding, "steps=3", "cluster=local", "cluster.device=cpu", threads, f"runs_dir={tmp_path / 'r'}"]
     done = synthos("generate", *job)
     assert done.returncode == 0, done.stderr
     (made,) = (tmp_path / "r").glob("*/*/samples/*.png")

@@ -39,7 +39,7 @@ def test_two_nodes_of_two_ranks(cluster: Cluster, tmp_path: Path, recipe: str) -
     for name, shape in shapes.items():
         folders = (f"runs_dir={tmp_path / name}", f"cache_dir={tmp_path / 'cache'}")
         command = [sys.executable, "launch/submit.py", f"recipe={recipe}", *COMMON, *RECIPES[recipe], *shape, *folders]
-        done = subprocess.run(command, cwd=ROOT, env=cluster.env, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, cwd=ROOT, env=cluster.env, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stdout + done.stderr
         (metrics,) = (tmp_path / name).glob("*/*/metrics.jsonl")
         rows = [json.loads(line) for line in metrics.read_text().splitlines()]
