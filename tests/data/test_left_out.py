@@ -97,7 +97,7 @@ def test_bad_rows_are_counted_by_reason(tmp_path: Path, images: Path, capsys: py
         "no caption": 2,
         "no picture": 1,
         "damaged PNG": 1,
-        "not a readable JPEG, PNG or WebP": 1,
+        "not a readable JPEG, PNG, WebP or AVIF": 1,
         "its caption is not UTF-8": 1,
         "its metadata is not UTF-8": 1,
         "embedded null byte": 1,
