@@ -268,12 +268,13 @@ def _anchor(config: RunConfig, folder: Path) -> RunConfig:
 
 
 def _anchor_data(data: DataConfig, folder: Path) -> DataConfig:
-    def anchored(shards: str | list[str] | None) -> str | list[str] | None:
-        if shards is None:
-            return None
+    def anchored(shards: str | list[str]) -> str | list[str]:
         return _absolute(shards, folder) if isinstance(shards, str) else [_absolute(shard, folder) for shard in shards]
 
-    return dataclasses.replace(data, shards=anchored(data.shards), validation=anchored(data.validation))
+    mix = data.mix and {name: dataclasses.replace(s, shards=anchored(s.shards)) for name, s in data.mix.items()}
+    known_bad, cache = (path and _absolute(path, folder) for path in (data.known_bad, data.cache))
+    shards, validation = (shards and anchored(shards) for shards in (data.shards, data.validation))
+    return dataclasses.replace(data, shards=shards, validation=validation, mix=mix, known_bad=known_bad, cache=cache)
 
 
 def _anchor_model(model: ModelConfig, folder: Path) -> ModelConfig:

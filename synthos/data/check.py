@@ -33,7 +33,7 @@ def facts(config: DataConfig, inputs: Mapping[str, Input], build: bool) -> DataF
     """
     check_config(config)
     storage = Storage()
-    places, missing = _list(config, storage)
+    places, missing = list_data(config, storage)
     if missing:
         return DataFacts(missing=missing)
     if not build and not all(is_remote(place.index) or Path(place.index).is_file() for place in places):
@@ -45,8 +45,8 @@ def facts(config: DataConfig, inputs: Mapping[str, Input], build: bool) -> DataF
     return DataFacts(sum(map(len, training)), sum(map(len, held_out)), len(places), identity, [])
 
 
-def _list(config: DataConfig, storage: Storage) -> tuple[list[ShardPlace], list[str]]:
-    """All shards, and a line for each missing one."""
+def list_data(config: DataConfig, storage: Storage) -> tuple[list[ShardPlace], list[str]]:
+    """All shards of a run, and a line for each missing one."""
     places: list[ShardPlace] = []
     missing: list[str] = []
     specs = {"data.shards": config.shards}
