@@ -4,6 +4,7 @@ import importlib
 import sys
 from collections.abc import Callable
 
+from synthos.data.store.retry import MissingFile, StorageError
 from synthos.strict import unknown
 
 VERBS = {  # verb -> ("module:function", what it does)
@@ -32,6 +33,8 @@ Command = Callable[[list[str]], int | Callable[[], int]]
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb and return its exit code; what the user wrote wrongly is one message and exit code 2.
 
+    A file elsewhere that is not there is that too; a store or a disk that fails is one message and exit code 1.
+
     A verb takes its arguments and returns its exit code, or else the work that remains when all input is known to be
     good: a ValueError of that work is a fault of the code, so it keeps its traceback.
     """
@@ -42,9 +45,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         verb, rest = split_verb(arguments)
         result = find(verb)(rest)
-    except ValueError as error:
+    except (ValueError, StorageError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, (ValueError, MissingFile)) else 1
     return result() if callable(result) else result
 
 

@@ -271,17 +271,10 @@ def _anchor_data(data: DataConfig, folder: Path) -> DataConfig:
     def anchored(shards: str | list[str]) -> str | list[str]:
         return _absolute(shards, folder) if isinstance(shards, str) else [_absolute(shard, folder) for shard in shards]
 
-    mix = data.mix and {
-        name: dataclasses.replace(source, shards=anchored(source.shards)) for name, source in data.mix.items()
-    }
-    return dataclasses.replace(
-        data,
-        shards=data.shards and anchored(data.shards),
-        mix=mix,
-        validation=data.validation and anchored(data.validation),
-        cache=data.cache and _absolute(data.cache, folder),
-        known_bad=data.known_bad and _absolute(data.known_bad, folder),
-    )
+    mix = data.mix and {name: dataclasses.replace(s, shards=anchored(s.shards)) for name, s in data.mix.items()}
+    known_bad, cache = (path and _absolute(path, folder) for path in (data.known_bad, data.cache))
+    shards, validation = (shards and anchored(shards) for shards in (data.shards, data.validation))
+    return dataclasses.replace(data, shards=shards, validation=validation, mix=mix, known_bad=known_bad, cache=cache)
 
 
 def _anchor_model(model: ModelConfig, folder: Path) -> ModelConfig:

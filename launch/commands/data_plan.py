@@ -6,8 +6,13 @@ from typing import Any
 from launch.check import value_problems
 from launch.compose import compose
 from launch.survey import write_built_in
-from synthos.data.commands.screen import megabytes, print_json, print_table
+from synthos.data.check import list_data
+from synthos.data.commands.screen import megabytes, print_json, print_table, shown
 from synthos.data.forecast import Forecast, forecast
+from synthos.data.indexing import index_shards, unindexed, usable_cores
+from synthos.data.source import check_config
+from synthos.data.store.files import Storage
+from synthos.schema import RunConfig
 
 USAGE = """usage: synthos data plan recipe=<name> [key=value] ... [--json]
 
@@ -30,6 +35,7 @@ def main(arguments: list[str]) -> int:
     if problems:
         raise ValueError("\n".join(problems))
     write_built_in(config)
+    _index(config, quiet="--json" in arguments)
     found = forecast(config, recipe.inputs)
     steps = last_step(config, found.samples)
     epochs = steps * config.batch.size / found.samples
@@ -45,6 +51,18 @@ def main(arguments: list[str]) -> int:
     print(f"{steps} steps = {epochs:.3g} epochs")
     print(*(f"note: {note}" for note in found.notes()), sep="\n", end="\n" if found.notes() else "")
     return 0
+
+
+def _index(config: RunConfig, quiet: bool) -> None:
+    """Build indexes that are missing, several at a time; ValueError for shards that are."""
+    check_config(config.data)
+    storage = Storage()
+    places, missing = list_data(config.data, storage)
+    if missing:
+        raise ValueError("\n".join(missing))
+    if absent := unindexed(places):
+        for _ in shown(index_shards(absent, None, usable_cores(), storage), "indexing", len(absent), quiet):
+            pass  # a damaged shard is named when it is opened
 
 
 def _epoch_rows(found: Forecast, nodes: int) -> Rows:

@@ -34,7 +34,7 @@ def facts(config: DataConfig, inputs: Mapping[str, Input], build: bool) -> DataF
     """
     check_config(config)
     storage = Storage()
-    places, missing = _list(config, storage)
+    places, missing = list_data(config, storage)
     if missing:
         return DataFacts(missing=missing)
     indexed = places
@@ -55,8 +55,8 @@ def facts(config: DataConfig, inputs: Mapping[str, Input], build: bool) -> DataF
     return DataFacts(samples, sum(map(len, held_out)), len(places), identity, [])
 
 
-def _list(config: DataConfig, storage: Storage) -> tuple[list[ShardPlace], list[str]]:
-    """All shards, and a line for each missing one."""
+def list_data(config: DataConfig, storage: Storage) -> tuple[list[ShardPlace], list[str]]:
+    """All shards of a run, and a line for each missing one."""
     places: list[ShardPlace] = []
     missing: list[str] = []
     specs = {"data.shards": config.shards}

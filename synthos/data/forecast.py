@@ -76,10 +76,13 @@ class Forecast:
     def notes(self) -> list[str]:
         """What is better known before a job waits in a queue."""
         notes = []
-        starving = [b for b in self.buckets if b.epochs_per_batch is None or b.epochs_per_batch > 1]
-        for bucket in starving:
-            when = "never" if bucket.epochs_per_batch is None else f"after {bucket.epochs_per_batch:.3g} epochs"
-            notes.append(f"bucket {bucket.height} x {bucket.width} starves: it fills its first batch {when}")
+        for bucket in self.buckets:
+            if bucket.epochs_per_batch is not None and bucket.epochs_per_batch > 1:
+                when = f"after {bucket.epochs_per_batch:.3g} epochs"
+                notes.append(f"bucket {bucket.height} x {bucket.width} starves: it fills its first batch {when}")
+        empty = [f"{bucket.height} x {bucket.width}" for bucket in self.buckets if bucket.epochs_per_batch is None]
+        if empty:
+            notes.append(f"no picture is nearest to {', '.join(empty)}")
         if self.tail == "drop" and self.left_over:
             notes.append(f"data.tail=drop leaves out {self.left_over:,.0f} samples of each epoch")
         if self.cache_limit is not None and self.cache_limit < 2 * self.node.cache_bytes:

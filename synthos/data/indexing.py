@@ -72,6 +72,18 @@ def index_shards(
     return over_shards(partial(_index_one, out, storage), places, workers)
 
 
+def unindexed(places: list[ShardPlace]) -> list[ShardPlace]:
+    """Those that lack an index which can be left beside them."""
+    return [
+        place
+        for place in places
+        if not is_remote(place.url)
+        and not is_remote(place.index)
+        and not Path(place.index).is_file()
+        and os.access(Path(place.index).parent, os.W_OK)
+    ]
+
+
 def settle_manifest(folder: Path, lines: list[ShardLine], own: bool) -> str | None:
     """Write the manifest of a folder's shards, in their order, where it has none; why not, else None.
 

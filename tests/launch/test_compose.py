@@ -98,7 +98,11 @@ def test_other_paths_are_taken_from_the_current_folder(tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "weights").mkdir()
     overrides = ["runs_dir=out", "cache_dir=~/c", "validate.requests=ask.jsonl", "+model.parts.vae.path=weights"]
+    overrides += ["data.known_bad=bad.jsonl", "data.mix={near: {shards: here/}, far: {shards: s3://bucket/set/}}"]
     config = compose([*BASE, *overrides, "+model.parts.text.path=some/hub-id"]).config
+    assert config.data.known_bad == str(tmp_path / "bad.jsonl") and config.data.mix is not None
+    assert config.data.mix["near"].shards == str(tmp_path / "here")
+    assert config.data.mix["far"].shards == "s3://bucket/set/"
     assert config.runs_dir == str(tmp_path / "out") and config.cache_dir == str(Path.home() / "c")
     assert config.validate.requests == str(tmp_path / "ask.jsonl")
     assert config.model.parts["vae"].path == str(tmp_path / "weights")

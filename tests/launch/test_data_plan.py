@@ -114,15 +114,16 @@ def test_batches_of_an_epoch_are_those_of_the_stream(
         assert said["batches"] == 4 and 21 - said["left_over"] == 16
     if tail == "carry":
         assert said["batches"] == 5.25
-    starving = [note for note in said["notes"] if "starves" in note]
-    assert len(starving) == 2 and "2 epochs" in starving[0] and "never" in starving[1]
+    starving, empty = said["notes"][:2]
+    assert "bucket 128 x 64 starves" in starving and "after 2 epochs" in starving
+    assert empty == "no picture is nearest to 192 x 64"
 
 
 def test_mixture(
     plan: Callable[..., dict[str, Any]], overrides: Callable[..., list[str]], tmp_path: Path, shards: Path
 ) -> None:
     other = data_set(tmp_path / "other", 7, shard_size=3)
-    mix = f"data.mix={{photos: {{shards: {shards}, weight: 3}}, art: {{shards: {other}, weight: {{'0': 1, '5': 9}}}}}}"
+    mix = f"data.mix={{photos: {{shards: {shards}, weight: 3}}, art: {{shards: {other}, weight: {{0: 1, 5: 9}}}}}}"
     said = plan("data.shards=null", mix)
     photos, art = said["sources"]
     assert photos["weights"] == {"0": 0.75, "5": 0.25} and art["weights"] == {"0": 0.25, "5": 0.75}
@@ -151,6 +152,14 @@ def test_remote_shards(
     assert any("data.cache_gb" in note for note in whole["notes"])
 
 
+def test_indexes_that_are_missing_are_built(plan: Callable[..., dict[str, Any]], shards: Path) -> None:
+    whole = {path.name: path.read_bytes() for path in shards.glob("*.npz")}
+    for name in ("00000.idx.npz", "00003.idx.npz"):
+        (shards / name).unlink()
+    assert plan()["samples"] == 21
+    assert {path.name: len(path.read_bytes()) for path in shards.glob("*.npz")} == {n: len(c) for n, c in whole.items()}
+
+
 def test_on_the_screen(overrides: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "plan", *overrides("nodes=2", "data.tail=drop")]) == 0
     said = capsys.readouterr().out
@@ -159,7 +168,7 @@ def test_on_the_screen(overrides: Callable[..., list[str]], capsys: pytest.Captu
 
 
 def test_help_and_what_is_asked_wrongly(
-    overrides: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    overrides: Callable[..., list[str]], shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["data", "plan", "--help"]) == 0
     assert "usage: synthos data plan" in capsys.readouterr().out
@@ -167,6 +176,10 @@ def test_help_and_what_is_asked_wrongly(
     assert "no such folder" in capsys.readouterr().err
     assert main(["data", "plan", *overrides("batch.size=7"), "nodes=2"]) == 2
     assert "batch" in capsys.readouterr().err
+    (shards / "00001.tar").write_bytes((shards / "00001.tar").read_bytes()[:3000])
+    (shards / "00001.idx.npz").unlink()
+    assert main(["data", "plan", *overrides(), "--json"]) == 2
+    assert "00001.tar is cut" in capsys.readouterr().err
 
 
 def test_a_built_in_data_set_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

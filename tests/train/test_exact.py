@@ -20,6 +20,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from launch import cli
 from synthos.train.report import TRACE
 from tests.support import SMALL, environment
 
@@ -179,6 +180,7 @@ def test_killed_and_started_again_goes_on_from_the_last_checkpoint(runs: Runs, s
     assert any(step >= 10 for step in restarts.values())
     assert_same(folder, straight)
     assert trace(folder) == trace(straight)  # what the lost steps had consumed is forgotten
+    assert cli.main(["data", "audit", str(folder)]) == 0
 
 
 def kill_all(folder: Path, process: subprocess.Popen[str]) -> None:
@@ -208,6 +210,7 @@ def test_ranks_may_change_on_the_way(runs: Runs, straight: Path) -> None:
     assert {step: sorted(ids) for step, ids in consumed.items()} == {
         step: sorted(ids) for step, ids in expected.items()
     }
+    assert cli.main(["data", "audit", str(folder)]) == 0
 
 
 def test_accumulation_is_one_batch(runs: Runs, straight: Path) -> None:

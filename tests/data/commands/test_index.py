@@ -21,7 +21,7 @@ from synthos.data.shards import ShardPlace
 from synthos.data.stream import Stream
 from tests.data.commands.conftest import Command
 from tests.data.commands.work import name_of
-from tests.data.faults import FaultServer, serving
+from tests.data.faults import Fault, FaultServer, serving
 from tests.data.make import INPUTS, config, pairs, tar
 from tests.support import ROOT, environment
 
@@ -138,6 +138,22 @@ def test_what_is_asked_wrongly(folder: Path, tmp_path: Path, refused: Any) -> No
         path.unlink()
     (tmp_path / "other.tar").write_bytes((folder / "00000.tar").read_bytes())
     assert "indexes other shards" in refused("index", tmp_path / "other.tar", "--out", tmp_path / "other")
+
+
+def test_a_store_that_fails(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], refused: Any) -> None:
+    """One message; what was indexed before stays."""
+    bare(folder)
+    files = {f"/data/{path.name}": path.read_bytes() for path in folder.iterdir()}
+    out = tmp_path / "indexes"
+    with serving(files) as server:
+        missing = refused("index", server.url("/data/nothing.tar"), "--out", out, "--json")
+        assert "/data/nothing.tar" in missing
+        server.fail("/data/00001.tar", Fault(status=403), Fault(status=403), method="HEAD")
+        server.fail("/data/00001.tar", Fault(status=403), Fault(status=403))
+        assert main(["data", "index", server.url("/data/"), "--out", str(out), "--workers", "1", "--json"]) == 1
+        said = capsys.readouterr()
+        assert said.out == "" and said.err.startswith("error: ") and "/data/00001.tar" in said.err
+    assert sorted(path.name for path in out.iterdir()) == ["00000.idx.npz"]
 
 
 def test_progress_goes_to_stderr(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
