@@ -12,14 +12,11 @@ from synthos.models.parts import Models
 from synthos.models.tiny import Tiny
 
 TINY_PATCH_KL = Tiny("PatchAutoencoderKL", {})
-# Under SD1.5's schedule, noise hides the layout of 8 x 8 latents of unit scale at few times only, and a network would
-# learn little from a condition. Faint ones are hidden at most times.
-TINY_FAINT_KL = Tiny("PatchAutoencoderKL", {"scaling_factor": 0.125})
 
 
-def build_autoencoder(models: Models, tiny: Tiny = TINY_PATCH_KL) -> Any:
+def build_autoencoder(models: Models) -> Any:
     """The part `vae`, an AutoencoderKL. Its weights should be filled as float32."""
-    return models.build("vae", tiny)
+    return models.build("vae", TINY_PATCH_KL)
 
 
 @torch.no_grad()
