@@ -33,7 +33,7 @@ def judge(record: dict[str, Any]) -> list[dict[str, Any]]:
         ("ms for a planned batch of 2,048", "<=", 0.5, record["plan"]["mean_batch_ms"]),
         ("s to go on late in an epoch, planning", "<=", 2.0, record["plan"]["resume_s"]),
         ("s to go on late in an epoch, with the first batch", "<=", 2.0, record["resume"]["resume_s"]),
-        ("bytes moved over bytes used, http", "<=", 1.2, record["http"].get("moved_over_used")),
+        ("bytes moved over bytes used, http", "<=", 1.2, record["http"]["moved_over_used"]),
     ]
     return [
         {"goal": goal, "bound": f"{sign} {bound:g}", "figure": figure, "met": _met(figure, sign, bound)}
@@ -58,8 +58,6 @@ def markdown(record: dict[str, Any]) -> str:
     ]
     lines += [_goal(goal) for goal in record["goals"]]
     lines += [f"\n{name} was left out: {why}." for name, why in record["left_out"].items()]
-    if "skipped" in record["http"]:
-        lines.append(f"\nhttp was left out: {record['http']['skipped']}.")
     return "\n".join(lines)
 
 

@@ -1,7 +1,10 @@
 """Synthos' own loader, and what else is asked of it. Every call of the benchmarks to the data engine is in this file.
 
-python -m benchmarks.rivals.ours FOLDER EDGE BATCH        a contestant, as in clock.py
-python -m benchmarks.rivals.ours reads FOLDER COUNT       one of the rows below; prints its figures as JSON
+    python -m benchmarks.rivals.ours FOLDER EDGE BATCH                          a contestant, as in clock.py
+    python -m benchmarks.rivals.ours plan SAMPLES                               prints its figures as JSON
+    python -m benchmarks.rivals.ours rows SMALL READS FOLDER EDGE BATCH         prints those of the other rows
+
+Times are the processor's: files lie in the page cache.
 """
 
 import json
