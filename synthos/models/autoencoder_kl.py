@@ -11,12 +11,15 @@ from torch import Tensor
 from synthos.models.parts import Models
 from synthos.models.tiny import Tiny
 
-TINY_PATCH_KL = Tiny("PatchAutoencoderKL", {})
+TINY_KL_16 = Tiny("PatchAutoencoderKL", {})
+# Brightness and both colours of a patch, and one edge: as many channels as SD1.5's. A loss of noise weighs all channels
+# alike, however little a condition tells of them.
+TINY_KL_4 = Tiny("PatchAutoencoderKL", {"coefficients": [0, 12, 15, 1], "latent_channels": 4, "whitening": 1.0})
 
 
-def build_autoencoder(models: Models) -> Any:
+def build_autoencoder(models: Models, tiny: Tiny = TINY_KL_16) -> Any:
     """The part `vae`, an AutoencoderKL. Its weights should be filled as float32."""
-    return models.build("vae", TINY_PATCH_KL)
+    return models.build("vae", tiny)
 
 
 @torch.no_grad()

@@ -68,7 +68,9 @@ class PatchAutoencoderKL(PatchAutoencoder):
     """The same transform behind the interface of `AutoencoderKL`: pictures instead of films, its latents normalised.
 
     Args:
-        latent_channels: of the latents.
+        coefficients: which of `COEFFICIENTS` are kept, by number: the latent channels.
+        whitening: a channel of standard deviation sd is divided by sd to this power.
+        latent_channels: as many as there are coefficients.
         scaling_factor: what latents are multiplied by before they are used; they have unit scale already.
         shift_factor: what is taken from them before that; they are centred already.
         block_out_channels: as many as an autoencoder would have that makes latents of 8 x 8 pixels.
@@ -77,33 +79,36 @@ class PatchAutoencoderKL(PatchAutoencoder):
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
         self,
+        coefficients: tuple[int, ...] = tuple(range(len(COEFFICIENTS))),
+        whitening: float = 0.5,
         latent_channels: int = len(COEFFICIENTS),
         scaling_factor: float = 1.0,
         shift_factor: float = 0.0,
         block_out_channels: tuple[int, ...] = (1, 1, 1, 1),
     ) -> None:
         ModelMixin.__init__(self)
-        self.basis = nn.Parameter(patch_basis())
+        assert latent_channels == len(coefficients)
+        self.basis = nn.Parameter(patch_basis()[list(coefficients)])
 
     def encode(self, x: Tensor) -> AutoencoderKLOutput:
-        """Pictures [B, 3, H, W] in [-1, 1] to a distribution without spread over latents [B, 16, h, w]."""
+        """Pictures [B, 3, H, W] in [-1, 1] to a distribution without spread over latents [B, C, h, w]."""
         raw = nn.functional.conv2d(x, self.basis, stride=PATCH)
-        mean, std = (statistic.to(raw) for statistic in _whitening())
+        mean, std = (statistic.to(raw) for statistic in self._statistics())
         log_variance = torch.full_like(raw, -30.0)
         moments = torch.cat([(raw - mean) / std, log_variance], dim=1)
         return AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(moments))
 
     def decode(self, z: Tensor, return_dict: bool = True, generator: None = None) -> DecoderOutput | tuple[Tensor]:
-        """Latents [B, 16, h, w] to pictures [B, 3, H, W]."""
-        mean, std = (statistic.to(z) for statistic in _whitening())
+        """Latents [B, C, h, w] to pictures [B, 3, H, W]."""
+        mean, std = (statistic.to(z) for statistic in self._statistics())
         sample = nn.functional.conv_transpose2d(z * std + mean, self.basis, stride=PATCH)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
-
-def _whitening() -> tuple[Tensor, Tensor]:
-    """Mean and divisor of each coefficient, [16, 1, 1]."""
-    mean = torch.tensor([MEANS.get(c[:3], 0.0) for c in COEFFICIENTS])
-    return mean.view(-1, 1, 1), torch.tensor([math.sqrt(c[3]) for c in COEFFICIENTS]).view(-1, 1, 1)
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and divisor of each channel, [C, 1, 1]."""
+        kept = [COEFFICIENTS[number] for number in self.config.coefficients]
+        mean = torch.tensor([MEANS.get(c[:3], 0.0) for c in kept])
+        return mean.view(-1, 1, 1), torch.tensor([c[3] ** self.config.whitening for c in kept]).view(-1, 1, 1)
 
 
 def patch_basis() -> Tensor:

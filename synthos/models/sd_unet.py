@@ -20,12 +20,20 @@ PROJECTOR = "projector"
 UNITS = ("ResnetBlock2D", "BasicTransformerBlock")
 Start = Literal["pretrained", "scratch"]
 
+
+def _loud_context(module: nn.Module) -> None:
+    """A random UNet hardly listens to its context; trained ones do."""
+    for name, parameter in module.named_parameters():
+        if "attn2.to_" in name and name.endswith("weight"):
+            parameter.mul_(2)
+
+
 TINY_UNET = Tiny(
     "UNet2DConditionModel",
     {
         "sample_size": 8,
-        "in_channels": 16,
-        "out_channels": 16,
+        "in_channels": 4,
+        "out_channels": 4,
         "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
         "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
         "block_out_channels": [32, 64],
@@ -34,6 +42,8 @@ TINY_UNET = Tiny(
         "attention_head_dim": 4,
         "norm_num_groups": 8,
     },
+    init=_loud_context,
+    version=2,
 )
 
 

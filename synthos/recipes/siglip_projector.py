@@ -115,7 +115,7 @@ class SigLIPProjector:
             config.projector_hidden,
         )  # fmt: skip
         self.network = sd_unet.build_unet(models, made, "scratch" if config.unet == "from_scratch" else "pretrained")
-        self.frozen = nn.ModuleDict({"vae": autoencoder_kl.build_autoencoder(models)})
+        self.frozen = nn.ModuleDict({"vae": autoencoder_kl.build_autoencoder(models, autoencoder_kl.TINY_KL_4)})
         self.encoders = nn.ModuleDict({"image": siglip.build_image_encoder(models)} if encoders else {})
         for parameters in self.param_groups().values():
             for parameter in parameters:

@@ -29,7 +29,7 @@ def test_the_network_is_diffusers_unet_given_the_projected_context(tiny: Models)
 
     network = build(tiny)
     plain: Any = UNet2DConditionModel.from_pretrained(tiny.folder("unet", sd_unet.TINY_UNET)).eval()
-    x, t = torch.randn(2, 16, 8, 8), torch.tensor([3, 998])
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor([3, 998])
     with torch.no_grad():
         context = network.projector(tokens())
         expected = plain(x, t, context).sample
