@@ -130,13 +130,21 @@ def test_generate_yaml_lists_the_keys_of_its_dataclasses() -> None:
     assert {*root, "cluster"} == keys
 
 
+def read_choice(file: Path) -> dict[str, Any]:
+    """A choice of a group, on top of the one that it names as its default."""
+    listed: dict[str, Any] = yaml.safe_load(file.read_text())
+    for base in listed.pop("defaults", []):
+        listed = listed if base == "_self_" else read_choice(file.with_name(f"{base}.yaml")) | listed
+    return listed
+
+
 @pytest.mark.parametrize("group", ["optim", "cluster", "data"])
 def test_every_choice_of_a_group_lists_all_its_keys(group: str) -> None:
     kind = {f.name: f.type for f in dataclasses.fields(RunConfig)}[group]
     files = sorted((CONFIGS / group).glob("*.yaml"))
     assert files
     for file in files:
-        listed, fields = yaml.safe_load(file.read_text()), dataclasses.fields(kind)
+        listed, fields = read_choice(file), dataclasses.fields(kind)
         of_slurm = {f.name for f in fields if group == "cluster" and _has_default(f)}
         here = listed.get("backend") in ("debug", "local")  # where a key of Slurm's would be ignored
         assert set(listed) == {f.name for f in fields} - (of_slurm if here else set()), file.name
