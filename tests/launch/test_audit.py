@@ -216,6 +216,17 @@ def test_a_row_that_a_kill_has_cut(make_life: Callable[..., Life], audit: Audit)
     assert code == 0 and (said["steps"], said["beyond"]) == (2, 7)
 
 
+def test_a_kill_before_a_bad_sample_was_written_down(spoilt: Life, audit: Audit) -> None:
+    quarantine, metrics = (spoilt.folder / name for name in ("data/quarantine.jsonl", "metrics.jsonl"))
+    lines = quarantine.read_text().splitlines()
+    last = json.loads(lines[-1])["step"]
+    quarantine.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] < last))
+    logged = metrics.read_text().splitlines()
+    metrics.write_text("".join(f"{line}\n" for line in logged if json.loads(line)["step"] < last))
+    code, said = audit(spoilt.folder)
+    assert code == 0 and said["steps"] == last - 1 and said["beyond"] == 8 * (7 - last)
+
+
 def test_padding(make_life: Callable[..., Life], audit: Audit) -> None:
     life = make_life("data.tail=pad")
     life.attempt_of(2, stop=6, save=6)
