@@ -33,11 +33,16 @@ CLI = "import sys; from launch.cli import main; sys.exit(main(['submit', *sys.ar
 class Runs:
     """Starts the same run in folders of their own."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, arguments: tuple[str, ...] = LONG) -> None:
+        self.folder, self.arguments = folder, arguments
 
     def open(self, name: str, *overrides: str) -> subprocess.Popen[str]:
-        arguments = [*LONG, f"runs_dir={self.folder / name}", f"cache_dir={self.folder / 'cache'}", *overrides]
+        arguments = [
+            *self.arguments,
+            f"runs_dir={self.folder / name}",
+            f"cache_dir={self.folder / 'cache'}",
+            *overrides,
+        ]
         return subprocess.Popen(
             [sys.executable, "-c", CLI, *arguments],
             env=environment(),
@@ -68,7 +73,7 @@ class Runs:
         return folder
 
     def wait(self, name: str, step: int, process: subprocess.Popen[str]) -> Path:
-        for _ in range(1200):
+        for _ in range(3000):
             found = list((self.folder / name).glob("*/*/metrics.jsonl"))
             if found and any(line["step"] >= step for line in lines(found[0].parent)):
                 return found[0].parent
@@ -186,6 +191,12 @@ def test_killed_and_started_again_goes_on_from_the_last_checkpoint(runs: Runs, s
 def kill_all(folder: Path, process: subprocess.Popen[str]) -> None:
     """kill -9 every process of the run at once."""
     process.kill()
+    kill_named(folder)
+    process.communicate(timeout=60)
+
+
+def kill_named(folder: Path) -> None:
+    """kill -9 every process that has the folder in its command."""
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             command = (entry / "cmdline").read_bytes().decode()
@@ -193,7 +204,6 @@ def kill_all(folder: Path, process: subprocess.Popen[str]) -> None:
             continue
         if str(folder) in command:
             os.kill(int(entry.name), signal.SIGKILL)
-    process.communicate(timeout=60)
 
 
 @pytest.mark.parametrize(("ranks", "mesh"), [(1, "full"), (4, "full"), (2, "replicate")])
