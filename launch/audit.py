@@ -92,6 +92,8 @@ class Auditor:
     def __init__(
         self, folder: Path, config: RunConfig, inputs: Mapping[str, Input], storage: Storage | None = None
     ) -> None:
+        if config.data.streaming is not None:
+            raise ValueError(f"{folder}: a run with data.streaming has no plan to hold its traces against")
         self.storage = storage or Storage()
         self.batch_size = config.batch.size
         self.sources, _ = open_split(config.data, inputs, self.storage)

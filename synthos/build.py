@@ -132,7 +132,13 @@ def build_stream(config: RunConfig, recipe: Recipe, world: World) -> Stream | St
     """This rank's batches: planned from indexes, or read one shard after another."""
     data, inputs, size, seed = config.data, recipe.inputs, config.batch.size, config.seed
     if data.streaming is None:
-        return Stream(data, inputs, batch_size=size, rank=world.rank, world=world.size, seed=seed)
+        stream = Stream(data, inputs, batch_size=size, rank=world.rank, world=world.size, seed=seed)
+        states = world.collect(stream.state_dict())
+        if different := [rank for rank, state in enumerate(states) if state != states[0]]:
+            raise RuntimeError(
+                f"data: ranks 0 and {different[0]} see other samples: {states[0]} and {states[different[0]]}"
+            )
+        return stream
     return Streaming(data, inputs, batch_size=size, rank=world.rank, world=world.size, seed=seed, collect=world.collect)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from synthos.batch import Input
-from synthos.data.shards import MissingShards, ShardPlace, list_shards
+from synthos.data.shards import MissingShards, ShardPlace, identity_by_place, list_shards
 from synthos.data.source import check_config, open_split
 from synthos.data.store.files import Storage
 from synthos.data.store.location import is_remote
@@ -50,7 +50,7 @@ def facts(config: DataConfig, inputs: Mapping[str, Input], build: bool) -> DataF
     names = [source.fingerprint for source in [*training, *of_their_own]]
     samples = sum(map(len, training))
     if config.streaming is not None:
-        names, samples = names + [place.name for place in places], config.streaming.samples_per_epoch
+        names, samples = [*names, identity_by_place(places)], config.streaming.samples_per_epoch
     identity = hashlib.blake2b(" ".join(names).encode(), digest_size=16).hexdigest()
     return DataFacts(samples, sum(map(len, held_out)), len(places), identity, [])
 

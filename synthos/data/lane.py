@@ -29,7 +29,7 @@ from synthos.keys import hash64, sample_id, signed64
 from synthos.schema import DataConfig
 
 READ_AHEAD = 8 << 20  # bytes of one request
-MAX_FAULTS = 1000  # met on the way to one batch
+MAX_FAULTS = 1000  # in a row
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Lane(IterableDataset[tuple[Batch, Place]]):
             for name, item in self.inputs.items()
         }
         ids, epochs, faults, decoding = np.empty(self.size, np.int64), np.empty(self.size, np.int64), [], 0.0
-        row = 0
+        row = bad = 0
         while row < self.size:
             sample, place = next(samples)
             decoding -= time.perf_counter()
@@ -87,10 +87,12 @@ class Lane(IterableDataset[tuple[Batch, Place]]):
             decoding += time.perf_counter()
             if fault is not None:
                 faults.append(fault)
-                if len(faults) > MAX_FAULTS:
-                    shown = "; ".join(f"{f.shard}: sample {f.key!r} {f.error}" for f in faults[:3])
-                    raise RuntimeError(f"data.shards: {len(faults)} samples in a row can't be used: {shown}")
+                bad += 1
+                if bad > MAX_FAULTS:
+                    shown = "; ".join(f"{f.shard}: sample {f.key!r} {f.error}" for f in faults[-3:])
+                    raise RuntimeError(f"data.shards: {bad} samples in a row can't be used: {shown}")
                 continue
+            bad = 0
             ids[row], epochs[row] = signed64(self._id(sample)), place.number
             row += 1
         tensors = {name: torch.from_numpy(c) if isinstance(c, np.ndarray) else c for name, c in columns.items()}

@@ -166,6 +166,14 @@ class Planner:
         self.queues = [queue[:, :0] for queue in self.queues]
 
 
+def first_slot(step: int, num_samples: int, batch_size: int, tail: Tail) -> int:
+    """The first slot that is drawn after `step` batches, where there is one bucket; buckets let some wait longer."""
+    if tail == "carry":
+        return step * batch_size
+    batches = -(-num_samples // batch_size) if tail == "pad" else max(num_samples // batch_size, 1)  # of an epoch
+    return step // batches * num_samples + step % batches * batch_size
+
+
 def steps_of(epochs: float, num_samples: int, batch_size: int, tail: Tail) -> int:
     """The batches of so many epochs, where there is one bucket; of a part of an epoch, those that it fills."""
     if tail == "carry":

@@ -82,6 +82,9 @@ class Reader(Dataset[Batch]):
                     self._decode(source, view, row, int(asked.epochs[place]), data, columns, place)
                     ids[place] = self._id(source, view, row)
                 except Unusable as error:
+                    if not asked.weights[place]:  # it only fills the batch up: nothing needs to stand for it
+                        ids[place] = error.fault.id
+                        continue
                     faults.append(error.fault)
                     ids[place] = self._substitute(source, error.fault, asked.bucket, columns, place)
                     replaced[place] = True
@@ -107,7 +110,7 @@ class Reader(Dataset[Batch]):
     def _columns(self, count: int, size: Size) -> Columns:
         """Room for a batch: pixels are decoded to where they stay."""
         return {
-            name: np.empty((count, *size, 3), np.uint8) if item.kind == "image" else [""] * count
+            name: np.zeros((count, *size, 3), np.uint8) if item.kind == "image" else [""] * count
             for name, item in self.inputs.items()
         }
 

@@ -1,6 +1,8 @@
 """Which samples of a source a run can use, told from indexes alone, and why it can't use the others."""
 
 import json
+import logging
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from synthos.data.index import IMAGE_SUFFIXES, MAX_TEXT_BYTES, ShardIndex
 from synthos.data.tar import MAX_MEMBER_BYTES
 from synthos.keys import sample_id
 
+log = logging.getLogger(__name__)
 Rows = NDArray[np.int64]
 SUFFIXES = {"image": IMAGE_SUFFIXES, "text": ("txt", "text", "caption", "md", "json")}  # all that is ever decoded
 PICKLES = ("pyd", "pkl", "pickle", "pt", "pth", "npz")
@@ -32,16 +35,19 @@ class Selection:
     faults: list[Fault]  # what is wrong with those that are neither held out nor known
 
     def save(self, path: Path) -> None:
-        """Write it; processes that meet here write the same and the last rename wins."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+        """Write it, if that can be; processes that meet here write the same and the last rename wins."""
         arrays: dict[str, Any] = {"left_out": self.left_out, "held_out": self.held_out}
         if self.buckets is not None:
             arrays["buckets"] = self.buckets
         faults = json.dumps([asdict(fault) for fault in self.faults]).encode()
-        part = path.with_name(f".{path.name}.{id(self)}.part")
-        with part.open("wb") as file:
-            np.savez(file, num_rows=self.num_rows, faults=np.frombuffer(faults, np.uint8), **arrays)
-        part.replace(path)
+        part = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.part")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with part.open("wb") as file:
+                np.savez(file, num_rows=self.num_rows, faults=np.frombuffer(faults, np.uint8), **arrays)
+            part.replace(path)
+        except OSError as error:  # it only saves the next opening some time
+            log.warning("data.cache: %s is not kept: %s", path, error)
 
     @classmethod
     def load(cls, path: Path) -> "Selection":

@@ -4,6 +4,7 @@ This is the only module that knows how shards are named.
 """
 
 import glob
+import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -50,6 +51,15 @@ class MissingShards(ValueError):
 def index_path(shard: str) -> str:
     """NNNNN.tar -> NNNNN.idx.npz, beside it."""
     return shard.removesuffix(".tar") + ".idx.npz"
+
+
+def identity_by_place(places: Iterable[ShardPlace]) -> str:
+    """What tells shards that nobody has indexed from others: where they lie, and here their sizes; 32 hex digits."""
+    digest = hashlib.blake2b(digest_size=16)
+    for place in places:
+        size = 0 if is_remote(place.url) else Path(place.url).stat().st_size
+        digest.update(f"{place.url.partition('?')[0]} {size}\n".encode())
+    return digest.hexdigest()
 
 
 def list_shards(spec: Spec, key: str = "data.shards", storage: Storage | None = None) -> list[ShardPlace]:

@@ -1,8 +1,9 @@
 """Open shards of one process: their indexes, cut down to what a recipe reads, and the bytes of their samples."""
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,8 +59,6 @@ class Shelf:
     def __init__(self, config: DataConfig, storage: Storage | None = None) -> None:
         self.config, self.storage = config, storage or Storage()
         self._views: OrderedDict[str, View] = OrderedDict()
-        limit = None if config.cache_gb is None else int(config.cache_gb * 1e9)
-        self.cache = ShardCache(Path(config.cache) / "shards", limit, self.storage) if config.cache else None
 
     def __reduce__(self) -> tuple[type["Shelf"], tuple[Any, ...]]:
         """Nothing that is open travels to another process."""
@@ -93,23 +92,30 @@ class Shelf:
     def whole(self, url: str) -> bool:
         """Whether a shard is fetched as a whole, to the cache."""
         mode: Literal["auto", "ranges", "shards"] = self.config.read
-        if not is_remote(url) or self.cache is None or mode == "ranges":
+        if not is_remote(url) or self.config.cache is None or mode == "ranges":
             return False
         return mode == "shards" or scheme_of(url) in OBJECT_STORES
 
-    def prefetch(self, urls: Iterable[str]) -> None:
-        """Shards that will be read next: fetched in the background, and kept until others are named."""
-        urls = [url for url in dict.fromkeys(urls) if self.whole(url)]
-        if urls and self.cache is not None:
-            self.cache.pin(urls)
-            self.cache.prefetch(urls)
+    @cached_property
+    def cache(self) -> ShardCache:
+        """Made when the first shard is fetched: a run of local shards needs no folder for it."""
+        assert self.config.cache is not None
+        limit = None if self.config.cache_gb is None else int(self.config.cache_gb * 1e9)
+        return ShardCache(Path(self.config.cache) / "shards", limit, self.storage)
+
+    def prefetch(self, shards: Mapping[str, int]) -> None:
+        """Shards read next, and their checksums: fetched in the background, and kept until others are named."""
+        shards = {url: checksum for url, checksum in shards.items() if self.whole(url)}
+        if shards:
+            self.cache.pin(shards)
+            self.cache.prefetch(shards)
 
     def close(self) -> None:
-        if self.cache is not None:
+        if "cache" in vars(self):
             self.cache.close()
 
     def _spans(self, view: View, spans: list[tuple[int, int]]) -> list[bytes]:
-        if self.cache is None or view.facts is None or not self.whole(view.url):
+        if view.facts is None or not self.whole(view.url):
             return self.storage.read_spans(view.url, spans, view.facts)
         try:
             return self._cached(self.cache, view, view.facts, spans)

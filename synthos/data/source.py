@@ -157,7 +157,7 @@ def open_source(
     lines = [place.line for place in places if place.line is not None]
     table = None
     if config.cache and len(lines) == len(places) and sum(line.samples for line in lines) >= TABLE_SAMPLES:
-        table = Path(config.cache) / "tables" / f"{_table_key(config, name, lines, inputs, purpose)}.npz"
+        table = Path(config.cache) / "tables" / f"{_table_key(config, name, places, inputs, purpose)}.npz"
         if table.is_file():
             return Source(name, places, lines, Selection.load(table))
     known = read_known_bad(config.known_bad, name)
@@ -210,7 +210,8 @@ def _check_streaming(config: DataConfig) -> None:
     for name in ("samples_per_epoch", "block"):
         if getattr(config.streaming, name) < 1:
             raise ValueError(f"data.streaming.{name}: {getattr(config.streaming, name)} is not allowed; at least 1")
-    usual = {"mix": None, "buckets": None, "holdout_fraction": 0, "lanes": None, "tail": "carry", "prepare": None}
+    usual = {"mix": None, "buckets": None, "holdout_fraction": 0, "window": 16, "lanes": None, "tail": "carry"}
+    usual |= {"prepare": None}
     for name, value in usual.items():
         if getattr(config, name) != value:
             raise ValueError(
@@ -237,12 +238,28 @@ def _check_line(place: ShardPlace, index: ShardIndex, key: str) -> ShardLine:
 
 
 def _table_key(
-    config: DataConfig, name: str, lines: list[ShardLine], inputs: Mapping[str, Input], purpose: Purpose
+    config: DataConfig, name: str, places: list[ShardPlace], inputs: Mapping[str, Input], purpose: Purpose
 ) -> str:
     """All that a selection depends on."""
     known = Path(config.known_bad).read_text() if config.known_bad else ""
+    tables = [_table_facts(place) for place in places]  # of img2dataset, which tell failures
     sizes = bucket_sizes(config) if config.buckets and purpose.name == "training" else []
     asked = {n: asdict(item) for n, item in inputs.items()}
-    parts = [TABLE_FORMAT, name, fingerprint(lines), asked, purpose.name, purpose.holdout_fraction, purpose.validation]
+    parts = [
+        TABLE_FORMAT,
+        name,
+        fingerprint(p.line for p in places if p.line),
+        asked,
+        purpose.name,
+        purpose.holdout_fraction,
+        purpose.validation,
+    ]
     limits = [config.max_bad_fraction, config.max_bad_per_shard]
-    return hashlib.blake2b(json.dumps([*parts, known, sizes, limits]).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(json.dumps([*parts, known, tables, sizes, limits]).encode(), digest_size=16).hexdigest()
+
+
+def _table_facts(place: ShardPlace) -> tuple[int, int] | None:
+    path = Path(place.url).with_suffix(".parquet")
+    if is_remote(place.url) or not path.is_file():
+        return None
+    return path.stat().st_size, path.stat().st_mtime_ns

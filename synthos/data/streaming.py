@@ -19,7 +19,7 @@ from synthos.batch import Batch, Fault, Input
 from synthos.data.bad import Budget
 from synthos.data.lane import Lane, Place
 from synthos.data.selection import check_inputs
-from synthos.data.shards import list_shards
+from synthos.data.shards import identity_by_place, list_shards
 from synthos.data.source import check_config
 from synthos.data.stream import as_is, check_share, ignore_signals
 from synthos.schema import DataConfig
@@ -72,8 +72,7 @@ class Streaming:
                 f"data.streaming: {len(places)} shards are too few for {world} ranks of {self.readers} readers, which "
                 "need one each; lower data.workers, or write smaller shards"
             )
-        names = hashlib.blake2b(" ".join(place.name for place in places).encode(), digest_size=8).hexdigest()
-        self.identity = {"version": VERSION, "seed": seed, "name": config.name, "shards": len(places), "names": names}
+        self.identity = {"version": VERSION, "seed": seed, "name": config.name, "shards": identity_by_place(places)}
         self.identity |= {"batch_size": batch_size, "block": config.streaming.block, "ranks": world}
         self.identity |= {"readers": self.readers}
         self.cursor, self.batch_size = 0, batch_size

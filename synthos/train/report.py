@@ -151,7 +151,7 @@ class Report:
         for path in (self.folder / "metrics.jsonl", self._quarantine_path):
             if path.exists():
                 kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
-                if validation_due:
+                if validation_due and path.name == "metrics.jsonl":
                     kept = [line for line in kept if _step_of(line) < step or '"val/' not in line]
                 _write_whole(path, "".join(f"{line}\n" for line in kept).encode())
 

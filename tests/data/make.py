@@ -105,5 +105,7 @@ def config(shards: Any, **changes: Any) -> DataConfig:
     values: dict[str, Any] = {"name": "set", "validation": None, "holdout_fraction": 0.0, "height": 8, "width": 8}
     values |= {"mix": None, "buckets": None, "window": 2, "lanes": None, "tail": "carry", "workers": 0}
     values |= {"read": "auto", "cache": None, "cache_gb": None, "known_bad": None}
+    if changes.get("streaming"):
+        values["window"] = 16  # as in configs/data: no other has an effect
     values |= {"max_bad_fraction": 0.001, "max_bad_per_shard": 20, "prepare": None, **changes}
     return DataConfig(shards=shards if isinstance(shards, list) or shards is None else str(shards), **values)

@@ -10,7 +10,7 @@ import pytest
 
 from synthos.data.mixture import Mixture
 from synthos.data.order import Order
-from synthos.data.plan import Planned, Planner, Position
+from synthos.data.plan import Planned, Planner, Position, first_slot
 from tests.data.test_order import reference
 
 Row = tuple[int, int, int, bool]  # source, epoch, position, real
@@ -184,6 +184,17 @@ def test_a_tail_is_dropped_or_filled_up() -> None:
         assert sorted(kept) == list(range(10))
     fill = [row for row in padded[2] if not row[3]]
     assert {row[:3] for row in fill} <= {row[:3] for row in padded[2] if row[3]}
+
+
+@pytest.mark.parametrize("tail", ["carry", "drop", "pad"])
+@pytest.mark.parametrize(("samples", "batch"), [(257, 256), (511, 256), (64, 8), (23, 8), (9, 4)])
+def test_a_schedule_changes_at_its_step_whatever_the_tail(samples: int, batch: int, tail: Any) -> None:
+    step = 7
+    start = first_slot(step, 2 * samples, batch, tail)
+    orders = [Order([samples], 0, name, 1, 4) for name in ("a", "b")]
+    one = Planner(orders, Mixture({0: [1, 0], start: [0, 1]}), batch_size=batch, tail=tail)
+    served = [set(one.next().sources.tolist()) for _ in range(2 * step)]
+    assert served == [{0}] * step + [{1}] * step
 
 
 def test_buckets_share_a_shape_and_starving_ones_wait() -> None:

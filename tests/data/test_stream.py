@@ -222,6 +222,31 @@ def test_a_padded_tail_has_the_weight_of_what_is_real(folder: Path) -> None:
     assert [w for share in shares for w in share] == weights[2]
 
 
+def test_what_only_fills_up_is_never_a_bad_sample(tmp_path: Path) -> None:
+    """One sample of nine is left for the second batch of eight, and it is cut: one fault, not eight."""
+    folder = data_set(tmp_path / "set", 9, shard_size=9)
+    one = stream(config(folder, tail="pad"))
+    last = int(one.planner.next().positions[0]), int(one.planner.next().positions[0])
+    shard = folder / "00000.tar"
+    shard.write_bytes(shard.read_bytes().replace(f"caption {last[1]}".encode(), b"caption x"))
+    batches = take(stream(config(folder, tail="pad")), 2)
+    assert [len(batch.faults) for batch in batches] == [0, 1]
+    assert batches[1].weights.tolist() == [8.0] + [0.0] * 7 and batches[1].replaced.tolist() == [True] + [False] * 7
+
+
+def test_a_bad_held_out_sample_is_told_and_another_stands_for_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, own = data_set(tmp_path / "set", 4, 4), data_set(tmp_path / "own", 5, shard_size=5, first=100)
+    data = config(folder, validation=str(own))
+    held_out = HeldOut(data, INPUTS)
+    shard = own / "00000.tar"
+    shard.write_bytes(shard.read_bytes().replace(b"caption 102", b"caption xyz"))
+    batch = HeldOut(data, INPUTS).batch(list(range(5)))
+    assert len(held_out) == 5 and batch.replaced.sum() == 1 and not any("xyz" in text for text in batch.texts("text"))
+    assert '{"source": "set/validation", "shard": "00000.tar", "key": "000000002"}' in caplog.text
+
+
 def test_order_depends_on_the_seed(folder: Path) -> None:
     assert ids(take(stream(folder, seed=0), 2)) != ids(take(stream(folder, seed=1), 2))
 

@@ -137,7 +137,7 @@ def test_another_number_of_ranks_or_readers_does_not_go_on(folder: Path) -> None
 
 @pytest.mark.parametrize("changes, message", [
     ({"holdout_fraction": 0.1}, r"data\.holdout_fraction: 0\.1 would be ignored, .* without an index; expected 0"),
-    ({"buckets": BucketConfig(areas=[64])}, r"data\.buckets: .* would be ignored.* expected null"),
+    ({"buckets": BucketConfig(areas=[4096])}, r"data\.buckets: .* would be ignored.* expected null"),
     ({"lanes": 2}, r"data\.lanes: 2 would be ignored"),
     ({"tail": "drop"}, r"data\.tail: drop would be ignored, .* expected carry"),
     ({"read": "shards"}, r"data\.read: shards would be ignored"),
@@ -148,6 +148,14 @@ def test_another_number_of_ranks_or_readers_does_not_go_on(folder: Path) -> None
 def test_what_needs_an_index_is_refused(folder: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ranks(folder, **changes)
+
+
+def test_shards_of_one_name_elsewhere_are_other_shards(tmp_path: Path) -> None:
+    found = set()
+    for name in ("a", "b"):
+        data_set(tmp_path / name, 4, 4)
+        found.add(facts(config(tmp_path / name, streaming=StreamingConfig(4)), INPUTS, build=False).fingerprint)
+    assert len(found) == 2
 
 
 def test_a_mixture_is_refused(folder: Path) -> None:

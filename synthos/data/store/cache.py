@@ -11,7 +11,7 @@ import hashlib
 import os
 import threading
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ class _Process:
     pins: int | None = None  # descriptor
     prefetcher: Prefetcher | None = None
     known: dict[str, tuple[FileFacts, int | None]] = field(default_factory=dict)  # facts and checksum by URL
+    checksums: dict[str, int | None] = field(default_factory=dict)  # of those to bring, by URL
 
 
 class ShardCache:
@@ -87,15 +88,16 @@ class ShardCache:
         here = self._here()
         here.pins = self._room.pin(here.pins, [_hash(url) for url in urls])
 
-    def prefetch(self, urls: Iterable[str]) -> None:
-        """Bring these in the background, in this order, in place of those not begun.
+    def prefetch(self, shards: Mapping[str, int | None]) -> None:
+        """Bring these in the background, in this order, in place of those not begun; CRC-32 by URL, where it is known.
 
         Skipped are those that another process is bringing; so the processes of a node share the work.
         """
         here = self._here()
         if here.prefetcher is None:
             here.prefetcher = Prefetcher(self._bring_ahead)
-        here.prefetcher.want([url for url in urls if is_remote(url)])
+        here.checksums = dict(shards)
+        here.prefetcher.want([url for url in shards if is_remote(url)])
 
     def close(self) -> None:
         """End the background thread and the pins; what is cached stays for the next run."""
@@ -109,7 +111,7 @@ class ShardCache:
     def _bring_ahead(self, url: str, stop: threading.Event) -> None:
         known = self._here().known
         if url not in known:
-            known[url] = (self.storage.facts(url), None)
+            known[url] = (self.storage.facts(url), self._here().checksums.get(url))
         self._obtain(url, *known[url], stop)
 
     def _obtain(
@@ -135,8 +137,11 @@ class ShardCache:
         unchecked = self._entry(url, expected, None)
         if checksum is None or not _use(unchecked, expected):
             return False
-        right = _checksum(unchecked) == checksum
-        self._room.rename(unchecked, entry if right else None)
+        try:
+            right = _checksum(unchecked) == checksum
+            self._room.rename(unchecked, entry if right else None)
+        except FileNotFoundError:  # it gave way to another one meanwhile
+            return False
         return right
 
     def _bring(

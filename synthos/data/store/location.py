@@ -65,7 +65,7 @@ def check_location(url: str, key: str, listed: bool = False) -> None:
     elif scheme not in (None, *SCHEMES) or (scheme is None and _FILE.match(url)):
         fault = f"unknown scheme {url.partition(':')[0]!r}"
     elif not listed and masked(url) != url:
-        fault = "it holds a secret, and a config is kept: use the environment, or a list file (docs/storage.md)"
+        fault = "it holds a secret, and a config is kept: use the environment (docs/storage.md)"
     if fault:
         allowed = ", ".join(f"{s}://" for s in SCHEMES if not (listed and s == "file"))
         raise ValueError(

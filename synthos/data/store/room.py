@@ -3,6 +3,7 @@
 Locks (flock) end with their process, however it ends; so what nobody holds is left over, and is removed.
 """
 
+import errno
 import fcntl
 import os
 import socket
@@ -143,8 +144,8 @@ class Room:
         while size:
             try:
                 os.posix_fallocate(descriptor, 0, size)
-            except OSError:
-                if not candidates:
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not candidates:
                     raise
                 self._evict(candidates.pop(0))
             else:

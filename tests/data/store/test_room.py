@@ -121,11 +121,24 @@ def test_what_was_brought_ahead_is_used(
     server: FaultServer, storage: Storage, make_cache: Make, content: bytes
 ) -> None:
     cache, urls = make_cache(), [server.url("/a/00000.tar"), server.url("/b/00000.tar")]
-    cache.prefetch(["/local.tar", *urls])
+    cache.prefetch(dict.fromkeys(["/local.tar", *urls]))
     wait_for(lambda: len(shards(cache)) == 2)
     assert cache.path(urls[0], storage.facts(urls[0]), zlib.crc32(content)).read_bytes() == content
     assert cache.path(urls[1], storage.facts(urls[1])).read_bytes() == content[::-1]
     assert [len(server.asked(path)) for path in ("/a/00000.tar", "/b/00000.tar")] == [1, 1]
+
+
+def test_two_processes_that_know_a_shard_bring_it_once(
+    server: FaultServer, storage: Storage, make_cache: Make, content: bytes
+) -> None:
+    """One brings ahead what the other uses, again and again, as training and its readers do."""
+    training, reader, url = make_cache(), make_cache(), server.url(PATH)
+    for _ in range(3):
+        training.prefetch({url: zlib.crc32(content)})
+        wait_for(lambda: shards(training))
+        assert reader.path(url, storage.facts(url), zlib.crc32(content)).read_bytes() == content
+    training.close()
+    assert len(server.asked(PATH)) == 1 and shards(reader) == [content]
 
 
 def test_what_was_brought_ahead_wrongly_is_brought_again(
@@ -133,7 +146,7 @@ def test_what_was_brought_ahead_wrongly_is_brought_again(
 ) -> None:
     cache, url = make_cache(), server.url(PATH)
     server.fail(PATH, Fault(body=b"x" * len(content)))
-    cache.prefetch([url])
+    cache.prefetch(dict.fromkeys([url]))
     wait_for(lambda: shards(cache))
     assert cache.path(url, storage.facts(url), zlib.crc32(content)).read_bytes() == content
     assert shards(cache) == [content]
@@ -147,7 +160,7 @@ def test_what_another_brings_is_not_waited_for_ahead_of_use(
     first = threading.Thread(target=cache.path, args=(url, storage.facts(url)), daemon=True)
     first.start()
     wait_for(lambda: server.asked(PATH))
-    other.prefetch([url, server.url("/b/00000.tar")])
+    other.prefetch(dict.fromkeys([url, server.url("/b/00000.tar")]))
     wait_for(lambda: shards(other) == [content[::-1]])
     assert len(parts(other)) == 1 == len(server.asked(PATH))
     server.closing.set()  # the first goes on
@@ -157,7 +170,7 @@ def test_what_another_brings_is_not_waited_for_ahead_of_use(
 
 def test_failing_ahead_of_use_is_left_to_the_use(server: FaultServer, storage: Storage, make_cache: Make) -> None:
     cache, url = make_cache(), server.url("/b/00000.tar")
-    cache.prefetch([server.url("/none.tar"), url])
+    cache.prefetch(dict.fromkeys([server.url("/none.tar"), url]))
     wait_for(lambda: shards(cache))
     with pytest.raises(MissingFile):
         storage.facts(server.url("/none.tar"))
@@ -166,7 +179,7 @@ def test_failing_ahead_of_use_is_left_to_the_use(server: FaultServer, storage: S
 def test_closing_ends_a_download_ahead(server: FaultServer, make_cache: Make) -> None:
     cache = make_cache()
     server.fail(PATH, *[Fault(429, headers={"Retry-After": "20"})] * 9)
-    cache.prefetch([server.url(PATH)])
+    cache.prefetch(dict.fromkeys([server.url(PATH)]))
     wait_for(lambda: server.asked(PATH))
     cache.close()
     assert [thread.name for thread in threading.enumerate() if thread.name == "prefetch"] == []
