@@ -71,7 +71,7 @@ def look(config: JobConfig, folder: Path) -> tuple[list[str], list[str]]:
     except RuntimeError as error:
         return [f"cluster: {error}"], []
     if re.search("configuration source|Unable to contact", answer):
-        return [f"cluster: no Slurm controller answers here: {answer}"], []
+        return [f"cluster: no Slurm controller answers here (cluster=local trains on this machine): {answer}"], []
     if taken or (not too_much and re.search("not available|busy", answer)):
         return [], [f"Slurm: {answer}"]
     return [*too_much, f"cluster: Slurm would not take this job: {answer}"], []

@@ -21,6 +21,7 @@ from synthos.data.decode import TooManyPixels, decode_into
 from synthos.data.selection import sized_input
 from synthos.data.shelf import Shelf, View
 from synthos.data.source import Source
+from synthos.data.store.location import is_remote
 from synthos.keys import hash64, sample_id
 
 Ints = NDArray[np.int64]
@@ -116,7 +117,7 @@ class Reader(Dataset[Batch]):
 
     def _view(self, source: int, shard: int) -> View:
         place, line = self.sources[source].places[shard], self.sources[source].lines[shard]
-        with self._timed("fetch"):
+        with self._timed("fetch" if is_remote(place.index) else "read"):
             return self.shelf.view(place, line, self.inputs)
 
     def _id(self, source: int, view: View, row: int) -> int:

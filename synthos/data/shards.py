@@ -195,5 +195,5 @@ def _refuse_equal_names(places: Iterable[ShardPlace], key: str) -> None:
         if first is not place.url:
             raise ValueError(
                 f"{key}: {masked(first)} and {masked(place.url)} share a file name, of which sample ids are made; "
-                "rename one"
+                "name them as sources of their own (data.mix), or write them anew in one (`synthos data reshard`)"
             )

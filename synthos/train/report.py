@@ -48,7 +48,7 @@ class Report:
         self.last_step = 0
         self.beat = self.line = 0.0
         self.rate = 0.0  # images per second, smoothed
-        self.waits: dict[str, list[float]] = {}  # metrics of waits for data since the last word about them
+        self.waits: dict[str, list[float]] | None = None  # metrics of waits for data since the last word about them
         self.advised = time.monotonic()
 
     def start(self, step: int, last_step: int, validation_due: bool) -> None:
@@ -200,7 +200,13 @@ class Report:
             write_heartbeat(self.folder, self.attempt, beat)
 
     def _advise(self, metrics: dict[str, float | str]) -> None:
-        """A word about waits for data, at most one in `ADVICE_SECONDS`, of all steps since the last one."""
+        """A word about waits for data, at most one in `ADVICE_SECONDS`, of all steps since the last one.
+
+        The first step waits for readers to start, which nothing can help.
+        """
+        if self.waits is None:
+            self.waits, self.advised = {}, time.monotonic()
+            return
         for name in ("data/wait", *(f"data/wait_{kind}_s" for kind in ADVICE)):
             self.waits.setdefault(name, []).append(float(metrics.get(name, 0.0)))
         if time.monotonic() - self.advised > self.ADVICE_SECONDS:
