@@ -130,7 +130,7 @@ def assert_equal_streams(here: Path, indexes: Path, data: Any) -> None:
 
 def test_what_is_asked_wrongly(folder: Path, tmp_path: Path, refused: Any) -> None:
     assert "--out: needed" in refused("index", "https://host/a.tar")
-    assert "secret" not in refused("index", "https://user:secret@host/a.tar")
+    assert "pa55" not in refused("index", "https://user:pa55@host/a.tar")
     assert "no such folder" in refused("index", tmp_path / "nothing")
     assert "holds shards" in refused("index", folder / "00000.tar", "--out", tmp_path / "set")
     shutil.copytree(folder, tmp_path / "other")
