@@ -19,6 +19,8 @@ def command(capsys: pytest.CaptureFixture[str]) -> Command:
     """Run a verb with --json; its exit code, and the one object that it prints, with nothing beside it."""
 
     def run(*arguments: object) -> tuple[int, dict[str, Any]]:
+        if arguments[0] in ("index", "validate") and "--workers" not in arguments:
+            arguments = (*arguments, "--workers", 1)  # processes of their own are asked for where they matter
         capsys.readouterr()
         code = main(["data", *map(str, arguments), "--json"])
         said = capsys.readouterr()
