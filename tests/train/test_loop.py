@@ -255,7 +255,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_the_weights_change(
 
 def test_meter_keeps_a_bin_to_itself() -> None:
     meter = Meter()
-    meter.add(Loss(torch.tensor([1.0, float("nan"), 3.0]), torch.tensor([0.1, 0.6, 0.2])))
+    meter.add(Loss(torch.tensor([1.0, float("nan"), 3.0]), torch.tensor([0.1, 0.6, 0.2])), torch.ones(3))
     assert meter.sums["train/loss_by_t/0"].tolist() == [4.0, 2.0]
     assert torch.isnan(meter.sums["train/loss_by_t/2"][0])
 
