@@ -420,12 +420,12 @@ def test_an_unknown_mode_is_answered_by_those_there_are() -> None:
     ("members", "message"),
     [
         ({"jpg": True}, "sample '000' is without a caption: text needs a member txt, it has jpg"),
-        ({"jpg": True, "txt": b""}, "sample '000': its text is empty or not UTF-8"),
+        ({"jpg": True, "txt": b""}, "sample '000' has an empty text, or one that is not UTF-8"),
         (
             {"txt": b"a cat"},
             "sample '000' is without an image: image needs a member jpg or jpeg or png or webp or avif, it has",
         ),
-        ({"jpg": b"no picture", "txt": b"a cat"}, "sample '000': its image is unreadable"),
+        ({"jpg": b"no picture", "txt": b"a cat"}, "sample '000' has an unreadable image"),
     ],
 )
 def test_samples_that_it_can_not_read_are_named(tmp_path: Path, members: dict[str, bytes | bool], message: str) -> None:
