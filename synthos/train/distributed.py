@@ -157,10 +157,14 @@ def fill_sharded(network: nn.Module, tensors: Tensors, device: torch.device) -> 
 
 
 def fill_whole(module: nn.Module, tensors: Tensors, device: torch.device, dtype: torch.dtype | None = None) -> None:
-    """Give a meta module its values without sharding; tied parameters stay tied. `dtype` None: as stored."""
+    """Give a meta module its values without sharding; tied parameters stay tied. `dtype` None: as stored.
+
+    Each value is a copy, never a view of the file: there it stands at any offset, and the last bit of a product on the
+    CPU depends on how its operands are aligned.
+    """
     filled: dict[int, nn.Parameter] = {}
     for name, parameter in module.named_parameters():
-        value = tensors[name]().to(device, dtype)
+        value = tensors[name]().to(device, dtype, copy=True)
         if value.shape != parameter.shape:
             raise ValueError(f"{name} has shape {tuple(value.shape)}, the model needs {tuple(parameter.shape)}")
         filled[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)

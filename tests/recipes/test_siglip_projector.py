@@ -388,7 +388,7 @@ def test_the_exported_unet_and_our_context_are_diffusers_pipelines(finished: Fin
     pipe.set_progress_bar_config(disable=True)
     with torch.no_grad():
         context = recipe.network.projector(recipe.encode_requests([request(**given)], (64, 64)).conditions["image"])
-    noise = KeyedDraws(0, torch.tensor([signed64(hash64("request", 9))]), torch.tensor([0])).normal("noise", (16, 8, 8))
+    noise = KeyedDraws(0, torch.tensor([signed64(hash64("request", 9))]), torch.tensor([0])).normal("noise", (4, 8, 8))
     for picture, guidance in zip(ours, (6.0, 12.5), strict=True):
         theirs = pipe(
             prompt_embeds=context, negative_prompt_embeds=torch.zeros_like(context), guidance_scale=guidance,

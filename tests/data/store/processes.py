@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import zlib
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Barrier
@@ -32,8 +33,7 @@ def pin_and_wait(folder: Path, urls: list[str], ready: Any) -> None:
     cache = ShardCache(folder, None, Storage())
     cache.pin(urls)
     ready.set()
-    ready.clear()
-    ready.wait(600)
+    signal.pause()
 
 
 def read_with(storage: Storage, url: str, out: "Queue[Any]") -> None:

@@ -70,11 +70,13 @@ def test_pins_end_with_their_process(five: FaultServer, make_cache: Make) -> Non
     ready = SPAWN.Event()
     child = SPAWN.Process(target=pin_and_wait, args=(cache.folder, [five.url("/0.tar"), five.url("/1.tar")], ready))
     child.start()
-    assert ready.wait(60)
-    with pytest.raises(NoRoom):
-        bring(cache, five, 2)
-    child.kill()
-    child.join(60)
+    try:
+        assert ready.wait(60)
+        with pytest.raises(NoRoom):
+            bring(cache, five, 2)
+    finally:
+        child.kill()
+        child.join(60)
     bring(cache, five, 2)
     assert kept(cache) == [1, 2]
 
