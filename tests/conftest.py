@@ -7,7 +7,6 @@ from tests.support import ROOT
 SLURM = ROOT / "tests" / "slurm"
 
 
-@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The cluster's come first: they wait for a scheduler more than they compute."""
     items.sort(key=lambda item: SLURM not in item.path.parents)
