@@ -17,7 +17,7 @@ demo-slurm: $(DEMO)  ## two nodes of a real Slurm on this machine (needs root, a
 		experiment=i2i_photos cluster=practice nodes=2 gpus_per_node=2 batch.micro=8 $(SHORT) follow=true
 
 # A process per core; each does one file's tests after another, in the order in which they are found.
-SPREAD := -n auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+SPREAD := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: $(DEV)
 	$(BIN)/python -m pytest $(SPREAD)

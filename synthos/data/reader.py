@@ -85,6 +85,7 @@ class Reader(Dataset[Batch]):
                 except Unusable as error:
                     if not asked.weights[place]:  # it only fills the batch up: nothing needs to stand for it
                         ids[place] = error.fault.id
+                        _clear(columns, place)
                         continue
                     faults.append(error.fault)
                     ids[place] = self._substitute(source, error.fault, asked.bucket, columns, place)
@@ -111,7 +112,7 @@ class Reader(Dataset[Batch]):
     def _columns(self, count: int, size: Size) -> Columns:
         """Room for a batch: pixels are decoded to where they stay."""
         return {
-            name: np.zeros((count, *size, 3), np.uint8) if item.kind == "image" else [""] * count
+            name: np.empty((count, *size, 3), np.uint8) if item.kind == "image" else [""] * count
             for name, item in self.inputs.items()
         }
 
@@ -182,6 +183,12 @@ class Reader(Dataset[Batch]):
 def candidate(source: Source, identity: int, epoch: int, attempt: int) -> tuple[int, int] | None:
     """Shard and row of the sample that an attempt looks at, to stand for a bad one; None where it is not used."""
     return source.used(hash64("substitute", identity, epoch, attempt) % source.selection.num_rows)
+
+
+def _clear(columns: Columns, place: int) -> None:
+    """Nothing, in place of what half a sample has left there."""
+    for column in columns.values():
+        column[place] = 0 if isinstance(column, np.ndarray) else ""
 
 
 def _grouped(asked: Instruction) -> dict[tuple[int, int], Ints]:
