@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from launch.cli import main
 from launch.compose import compose
 from synthos.schema import RunConfig
 from synthos.train.distributed import World
@@ -44,6 +45,15 @@ def environment() -> dict[str, str]:
     """The environment of a command: no key of ours, no rank of an outer job, no progress colours."""
     dropped = ("WANDB_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "TORCHELASTIC", "SLURM_")
     return {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
+
+
+def here(*arguments: str) -> int:
+    """Run a `synthos` command in this process, which has imported everything; a debug run's threads are put back."""
+    threads = torch.get_num_threads()
+    try:
+        return main(list(arguments))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def synthos(*arguments: str, cwd: Path = ROOT, timeout: float = 300) -> subprocess.CompletedProcess[str]:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from launch.cli import main
 from synthos.recipes.base import load_encoded
 from synthos.run import read_verdict
-from tests.support import synthos
+from tests.support import here, synthos
 
 pytestmark = pytest.mark.slow
 SMALL = (
@@ -29,13 +29,17 @@ ASKED = [
 ]
 
 
-def train(folder: Path, *overrides: str) -> Path:
-    """Run to the end; returns the run folder."""
+def train(folder: Path, *overrides: str, alone: bool = False) -> Path:
+    """Run to the end, on the ranks asked for or `alone`, as this process; returns the run folder."""
     asked = folder.parent / "asked.jsonl"
     asked.write_text("".join(json.dumps(row) + "\n" for row in ASKED))
     paths = (f"runs_dir={folder}", f"cache_dir={folder.parent / 'cache'}", f"validate.requests={asked}")
-    done = synthos("submit", *SMALL, *paths, *overrides)
-    assert done.returncode == 0, done.stderr
+    if alone:
+        debug = ("cluster=debug", "cluster.device=cpu", "cluster.threads=1")
+        assert here("submit", *SMALL, *debug, *paths, *overrides) == 0
+    else:
+        done = synthos("submit", *SMALL, *paths, *overrides)
+        assert done.returncode == 0, done.stderr
     (config,) = folder.glob("*/*/config.yaml")
     return config.parent
 
@@ -80,17 +84,17 @@ def test_resumed_from_its_middle_it_is_the_same_run(straight: Path) -> None:
     assert numbers(again) == numbers(straight)
 
 
-@pytest.mark.parametrize(("ranks", "mesh"), [(1, "auto"), (4, "full")])
-def test_other_numbers_of_ranks_learn_the_same_but_for_rounding(straight: Path, ranks: int, mesh: str) -> None:
-    other = numbers(train(straight.parents[2] / f"on{ranks}", f"gpus_per_node={ranks}", f"mesh={mesh}"))
+def test_one_rank_learns_the_same_but_for_rounding(straight: Path) -> None:
+    """And four as one does, in tests/slurm/test_recipes.py."""
+    other = numbers(train(straight.parents[2] / "alone", alone=True))
     for step, values in numbers(straight).items():
         assert other[step] == pytest.approx(values, rel=2e-4), step
 
 
-def test_bf16_and_activations_computed_again_on_two_ranks(straight: Path) -> None:
-    """Sharded; the losses are those of float32 but for bfloat16's rounding."""
+def test_bf16_and_activations_computed_again(straight: Path) -> None:
+    """The losses are those of float32 on two ranks but for bfloat16's rounding."""
     given = ("precision=bf16", "activation_checkpointing=true", "validate.every=null", "validate.from_split=0")
-    low = numbers(train(straight.parents[2] / "low", "gpus_per_node=2", "mesh=full", *given))
+    low = numbers(train(straight.parents[2] / "low", "mesh=full", *given, alone=True))
     ours, theirs = ([story[step]["train/loss"] for step in range(1, 5)] for story in (low, numbers(straight)))
     assert ours == pytest.approx(theirs, rel=0.05) and ours != theirs
 
@@ -147,8 +151,7 @@ def test_a_job_goes_on_with_the_pictures_that_are_missing(straight: Path, tmp_pa
     asked.write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["generate", f"weights={weights}", f"requests={asked}", "steps=2", "cluster.device=cpu",
              "cluster.threads=1", f"runs_dir={tmp_path / 'runs'}"]  # fmt: skip
-    done = synthos(*words, "cluster=debug")
-    assert done.returncode == 0, done.stderr
+    assert here(*words, "cluster=debug") == 0
     (folder,) = (tmp_path / "runs").glob("generate/*")
     files = {file.name: file for file in (folder / "samples").iterdir()}
     assert len(files) == 3 * 4 and read_verdict(folder)["step"] == 12

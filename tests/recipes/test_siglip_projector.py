@@ -31,7 +31,7 @@ from synthos.schema import ModelConfig
 from synthos.train.distributed import World, build_mesh, fill_sharded, fill_whole, set_dtypes, shard
 from synthos.train.optim import lr_multiplier
 from synthos.train.validate import encode_all
-from tests.support import run_config, synthos, world_of_one
+from tests.support import here, run_config, synthos, world_of_one
 
 CONFIG = SigLIPConfig("mlp", 2, 32, 16, "crop", "trained", 0.0, 0.5, 7.5)
 CPU = torch.device("cpu")
@@ -333,6 +333,15 @@ class Finished:
     def run(self, name: str, *overrides: str) -> Path:
         done = synthos("submit", *self.arguments, f"runs_dir={self.home / name}", *overrides)
         assert done.returncode == 0, done.stderr + done.stdout
+        return self.found(name)
+
+    def alone(self, name: str, *overrides: str) -> Path:
+        """The same on one rank, which is this process."""
+        arguments = [*self.arguments, "cluster=debug", "cluster.device=cpu", "cluster.threads=1", "gpus_per_node=1"]
+        assert here("submit", *arguments, f"runs_dir={self.home / name}", *overrides) == 0
+        return self.found(name)
+
+    def found(self, name: str) -> Path:
         (config,) = (self.home / name).glob("*/*/config.yaml")
         return config.parent
 
@@ -442,18 +451,17 @@ def test_an_interrupted_run_is_the_same_run_bit_for_bit(finished: Finished) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 4])
-def test_other_numbers_of_ranks_agree_with_two(finished: Finished, ranks: int) -> None:
-    other = finished.run(f"on{ranks}", f"gpus_per_node={ranks}")
-    ours, theirs = finished.losses(other), finished.losses(finished.folder)
+def test_one_rank_agrees_with_two(finished: Finished) -> None:
+    """And four with one, in tests/slurm/test_recipes.py."""
+    ours, theirs = finished.losses(finished.alone("alone")), finished.losses(finished.folder)
     assert list(ours) == list(theirs) == [1, 2, 3, 4]
     assert [*ours.values()] == pytest.approx([*theirs.values()], rel=1e-5)
 
 
 @pytest.mark.slow
-def test_bf16_and_activations_computed_again_on_two_ranks(finished: Finished) -> None:
-    """Sharded; the losses are those of float32 but for bfloat16's rounding."""
-    low = finished.run("low", "gpus_per_node=2", "precision=bf16", "activation_checkpointing=true", "mesh=full")
+def test_bf16_and_activations_computed_again(finished: Finished) -> None:
+    """The losses are those of float32 on two ranks but for bfloat16's rounding."""
+    low = finished.alone("low", "precision=bf16", "activation_checkpointing=true", "mesh=full")
     ours, theirs = finished.losses(low), finished.losses(finished.folder)
     assert [*ours.values()] == pytest.approx([*theirs.values()], rel=0.02) and ours != theirs
 
@@ -469,7 +477,7 @@ def test_each_group_has_its_own_rate(finished: Finished) -> None:
 
 @pytest.mark.slow
 def test_pictures_come_from_a_picture_at_several_scales_and_from_an_embedding(
-    finished: Finished, tmp_path: Path
+    finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     weights = f"weights={finished.folder / 'weights' / 'step_00000004'}"
     Image.fromarray(batch().images("image")[0].permute(1, 2, 0).numpy()).save(tmp_path / "a.png")
@@ -483,16 +491,15 @@ def test_pictures_come_from_a_picture_at_several_scales_and_from_an_embedding(
     made = {name: np.asarray(Image.open(tmp_path / "scales" / f"{name}.png")).astype(int) for name in names}
     assert all(picture.shape == (64, 64, 3) for picture in made.values())
     assert abs(made["output_0_scale_6"] - made["output_0_scale_7.5"]).max() > 1
-    done = synthos("generate", weights, reference, "guidance=7.5", "steps=3", f"out={tmp_path}/one.png")
-    assert done.returncode == 0, done.stderr
+    assert here("generate", weights, reference, "guidance=7.5", "steps=3", f"out={tmp_path}/one.png") == 0
     alone = np.asarray(Image.open(tmp_path / "one.png")).astype(int)
     assert abs(alone - made["output_0_scale_7.5"]).max() <= 1  # another batch's rounding
     embedding = f"embedding={tmp_path}/a.npy"
-    done = synthos("generate", weights, embedding, "steps=3", f"out={tmp_path}/b.png")
-    assert done.returncode == 0 and Image.open(tmp_path / "b.png").size == (64, 64), done.stderr
-    done = synthos("generate", weights, f"embedding={tmp_path}/odd.npy", f"out={tmp_path}/c.png")
-    assert done.returncode == 2 and "has shape [3, 64]; expected [16, 64] or [81, 64]" in done.stderr
-    assert "Traceback" not in done.stderr and not (tmp_path / "c.png").exists()
+    assert here("generate", weights, embedding, "steps=3", f"out={tmp_path}/b.png") == 0
+    assert Image.open(tmp_path / "b.png").size == (64, 64)
+    assert here("generate", weights, f"embedding={tmp_path}/odd.npy", f"out={tmp_path}/c.png") == 2
+    assert "has shape [3, 64]; expected [16, 64] or [81, 64]" in capsys.readouterr().err
+    assert not (tmp_path / "c.png").exists()
     threads = f"cluster.threads={torch.get_num_threads()}"  # as here: float sums depend on it
     job = [weights, embedding, "steps=3", "cluster=local", "cluster.device=cpu", threads, f"runs_dir={tmp_path / 'r'}"]
     done = synthos("generate", *job)
