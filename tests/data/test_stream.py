@@ -247,6 +247,16 @@ def test_a_bad_held_out_sample_is_told_and_another_stands_for_it(
     assert '{"source": "set/validation", "shard": "00000.tar", "key": "000000002"}' in caplog.text
 
 
+def test_shards_that_lie_here_need_no_room_in_the_cache(folder: Path, tmp_path: Path) -> None:
+    """A folder that can't be made is not missed, nor is one left where nothing was brought."""
+    (tmp_path / "file").write_text("")
+    for cache in (tmp_path / "file" / "cache", tmp_path / "cache"):
+        one = stream(config(folder, cache=str(cache)))
+        assert one.next().ids.tolist() == stream(folder).next().ids.tolist()
+        one.close()
+    assert not (tmp_path / "cache").exists()
+
+
 def test_order_depends_on_the_seed(folder: Path) -> None:
     assert ids(take(stream(folder, seed=0), 2)) != ids(take(stream(folder, seed=1), 2))
 

@@ -1,13 +1,16 @@
 """Streaming: what it promises, and that it says what it does not."""
 
+import itertools
 import json
 import logging
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from synthos.data import lane
 from synthos.data.check import facts
 from synthos.data.stream import HeldOut
 from synthos.data.streaming import Streaming
@@ -139,6 +142,7 @@ def test_another_number_of_ranks_or_readers_does_not_go_on(folder: Path) -> None
     ({"holdout_fraction": 0.1}, r"data\.holdout_fraction: 0\.1 would be ignored, .* without an index; expected 0"),
     ({"buckets": BucketConfig(areas=[4096])}, r"data\.buckets: .* would be ignored.* expected null"),
     ({"lanes": 2}, r"data\.lanes: 2 would be ignored"),
+    ({"window": 4}, r"data\.window: 4 would be ignored, .* expected 16, or data\.streaming=null"),
     ({"tail": "drop"}, r"data\.tail: drop would be ignored, .* expected carry"),
     ({"read": "shards"}, r"data\.read: shards would be ignored"),
     ({"block": 0}, r"data\.streaming\.block: 0 is not allowed; at least 1"),
@@ -194,6 +198,29 @@ def test_what_can_not_be_used_is_passed_over_and_told(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="no sample in|samples in a row can't be used"):
         tar(tmp_path / "0.tar", [m for m in members if m[0].endswith("png")])
         ranks(tmp_path, batch=3)[0].next()
+
+
+def test_bad_samples_end_a_run_only_where_no_good_one_lies_between(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lane, "MAX_FAULTS", 2)
+    keys = [f"{i}" for i in range(12)]
+    order = [one["__key__"] for one, _ in itertools.islice(samples_of(tar(tmp_path / "0.tar", pairs(keys))), 12)]
+    for good, met in (("ggbbgbbgbbgb", 7), ("ggbbbggggggg", None)):
+        bad = {key for key, mark in zip(order, good, strict=True) if mark == "b"}
+        tar(tmp_path / "0.tar", [(n, b"" if n.removesuffix(".txt") in bad else data) for n, data in pairs(keys)])
+        (one,) = ranks(tmp_path, batch=6, block=100)
+        if met is None:
+            with pytest.raises(RuntimeError, match="3 samples in a row can't be used: .*has an empty text"):
+                one.next()
+        else:
+            assert len(one.next().faults) == met  # more than two, but never three in a row
+
+
+def samples_of(shard: Path) -> Iterator[Any]:
+    """The samples of one reader's lane, in the order in which it meets them."""
+    (one,) = ranks(shard.parent, block=100)
+    return one._lane._samples(0)
 
 
 def test_damage_is_an_error_when_it_is_met(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,9 @@ class Life:
         self.state: Any = None  # of the last checkpoint, and its step
         self.step = 0
 
-    def attempt_of(self, ranks: int, stop: int, save: int, late: dict[int, int] | None = None) -> None:
+    def attempt_of(
+        self, ranks: int, stop: int, save: int, late: dict[int, int] | None = None, validation_due: bool = False
+    ) -> None:
         """Go on from the checkpoint to step `stop`, saved at `save`; ranks in `late` end so many steps earlier."""
         self.attempt += 1
         (self.folder / "attempts" / f"{self.attempt:04d}").mkdir(parents=True)
@@ -62,7 +64,7 @@ class Life:
         for stream, report in zip(streams, reports, strict=True):
             if self.state is not None:
                 stream.load_state_dict(self.state)
-            report.start(self.step, 100, validation_due=False)
+            report.start(self.step, 100, validation_due)
         for step in range(self.step + 1, stop + 1):
             batches = [stream.next() for stream in streams]
             for rank, (report, batch) in enumerate(zip(reports, batches, strict=True)):
@@ -240,10 +242,8 @@ def test_padding(make_life: Callable[..., Life], audit: Audit) -> None:
     assert counts(audit(life.folder)[1]) == (1, 0, 0)
 
 
-@pytest.fixture
-def spoilt(make_life: Callable[..., Life]) -> Iterator[Life]:
-    """A run that met two bad samples, in two epochs each."""
-    life = make_life("data.max_bad_fraction=0.5")
+def spoil(life: Life) -> None:
+    """Damage two samples."""
     shards = Path(str(life.config.data.shards))
     for name, row, extension in (("00001.tar", 2, "png"), ("00003.tar", 0, "txt")):
         index = load_index(shards / name.replace(".tar", ".idx.npz"))
@@ -251,8 +251,35 @@ def spoilt(make_life: Callable[..., Life]) -> Iterator[Life]:
         with (shards / name).open("r+b") as file:
             file.seek(member.offset + member.size - 4)
             file.write(b"\xff\xff\xff")
+
+
+@pytest.fixture
+def spoilt(make_life: Callable[..., Life]) -> Life:
+    """A run that met two bad samples, in two epochs each."""
+    life = make_life("data.max_bad_fraction=0.5")
+    spoil(life)
     life.attempt_of(2, stop=6, save=6)
-    yield life
+    return life
+
+
+def test_a_bad_sample_met_again_after_a_kill_is_written_down_once(make_life: Callable[..., Life], audit: Audit) -> None:
+    """Validation, which is made up at the restored step, takes no line of that step away."""
+    life = make_life("data.max_bad_fraction=0.5")
+    spoil(life)
+    path = life.folder / "data" / "quarantine.jsonl"
+    life.attempt_of(2, stop=5, save=2)
+    before = [json.loads(line) for line in path.read_text().splitlines()]
+    assert {line["step"] <= 2 for line in before} == {True, False}  # some come again
+    with path.open("a") as file:
+        file.write(json.dumps({**before[0], "step": 2, "error": 'of "val/a"', "source": "val/a"}) + "\n")
+        file.write('{"step": 5, "rank"')  # a kill has cut it
+    life.attempt_of(2, stop=6, save=6, validation_due=True)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    (other,) = [line for line in lines if line["source"] == "val/a"]
+    lines.remove(other)
+    assert lines[: len(before)] == before and len(lines) == 4
+    assert len({(line["step"], line["shard"], line["key"]) for line in lines}) == 4
+    assert audit(life.folder)[1]["substituted"] == 4
 
 
 def test_bad_samples_are_accounted_for(spoilt: Life, audit: Audit) -> None:
@@ -318,6 +345,14 @@ def test_another_seed_than_it_was_trained_with(make_life: Callable[..., Life], a
     write_config(replace(config, seed=7), life.folder / "config.yaml")
     code, said = audit(life.folder)
     assert code == 1 and said["other_order"] == [1, 2, 3] and said["lost"] > 0
+
+
+def test_a_run_without_an_index_has_nothing_to_be_held_against(
+    make_life: Callable[..., Life], capsys: pytest.CaptureFixture[str]
+) -> None:
+    life = make_life("+data.streaming.samples_per_epoch=23", "data.window=16")
+    assert main(["data", "audit", str(life.folder)]) == 2
+    assert capsys.readouterr().err.endswith("run: a run with data.streaming has no plan to hold its traces against\n")
 
 
 def test_nothing_traced_yet(make_life: Callable[..., Life], audit: Audit) -> None:
