@@ -7,9 +7,9 @@ from launch.check import value_problems
 from launch.compose import compose
 from launch.survey import write_built_in
 from synthos.data.check import list_data
-from synthos.data.commands.screen import megabytes, print_json, print_table, shown
+from synthos.data.commands.index import index_first
+from synthos.data.commands.screen import megabytes, print_json, print_table
 from synthos.data.forecast import Forecast, forecast
-from synthos.data.indexing import index_shards, unindexed, usable_cores
 from synthos.data.source import check_config
 from synthos.data.store.files import Storage
 from synthos.schema import RunConfig
@@ -60,9 +60,7 @@ def _index(config: RunConfig, quiet: bool) -> None:
     places, missing = list_data(config.data, storage)
     if missing:
         raise ValueError("\n".join(missing))
-    if absent := unindexed(places):
-        for _ in shown(index_shards(absent, None, usable_cores(), storage), "indexing", len(absent), quiet):
-            pass  # a damaged shard is named when it is opened
+    index_first(places, storage, quiet)
 
 
 def _epoch_rows(found: Forecast, nodes: int) -> Rows:

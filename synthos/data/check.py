@@ -25,12 +25,12 @@ class DataFacts:
     missing: list[str] = field(default_factory=list)  # a line for each shard that is not there, or can't be reached
 
 
-def facts(config: DataConfig, inputs: Mapping[str, Input], build: bool) -> DataFacts:
+def facts(config: DataConfig, inputs: Mapping[str, Input], build: bool, ranks: int = 1) -> DataFacts:
     """What the run's data are.
 
     With `build`, indexes that are missing are built and left beside their shards; else nothing is written.
     Raises ValueError for what is there and wrong: a damaged shard, too many samples without a caption, a sample in both
-    splits.
+    splits; with data.streaming, fewer shards than the readers of so many `ranks`.
     """
     check_config(config)
     storage = Storage()
@@ -40,6 +40,7 @@ def facts(config: DataConfig, inputs: Mapping[str, Input], build: bool) -> DataF
     indexed = places
     if config.streaming is not None:
         indexed = list_shards(config.validation, "data.validation", storage) if config.validation is not None else []
+        check_readers(config, len(places) - len(indexed), ranks)
     if not build and not all(is_remote(place.index) or Path(place.index).is_file() for place in indexed):
         return DataFacts(shards=len(places))
     try:
@@ -53,6 +54,16 @@ def facts(config: DataConfig, inputs: Mapping[str, Input], build: bool) -> DataF
         names, samples = [*names, identity_by_place(places)], config.streaming.samples_per_epoch
     identity = hashlib.blake2b(" ".join(names).encode(), digest_size=16).hexdigest()
     return DataFacts(samples, sum(map(len, held_out)), len(places), identity, [])
+
+
+def check_readers(config: DataConfig, shards: int, ranks: int) -> None:
+    """Raise ValueError where data.streaming has fewer shards than readers."""
+    readers = max(config.workers, 1)
+    if shards < ranks * readers:
+        raise ValueError(
+            f"data.streaming: {shards} shards are too few for {ranks} ranks of {readers} readers, which need one each; "
+            "lower data.workers, or write smaller shards"
+        )
 
 
 def list_data(config: DataConfig, storage: Storage) -> tuple[list[ShardPlace], list[str]]:

@@ -12,13 +12,14 @@ import pytest
 
 from synthos.data import lane
 from synthos.data.check import facts
+from synthos.data.reader import READERS
 from synthos.data.stream import HeldOut
 from synthos.data.streaming import Streaming
 from synthos.keys import sample_id, signed64
 from synthos.schema import BucketConfig, SourceConfig, StreamingConfig
 from tests.data.faults import Fault as Answer
 from tests.data.faults import serving
-from tests.data.make import INPUTS, config, data_set, pairs, picture, tar
+from tests.data.make import INPUTS, config, data_set, encoded, noise, pairs, picture, tar
 
 SHARDS, EACH = 8, 3
 SAMPLES = SHARDS * EACH
@@ -152,6 +153,27 @@ def test_another_number_of_ranks_or_readers_does_not_go_on(folder: Path) -> None
 def test_what_needs_an_index_is_refused(folder: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ranks(folder, **changes)
+
+
+def test_too_few_shards_are_told_before_anything_starts(folder: Path, tmp_path: Path) -> None:
+    """Those of validation have no part in it, indexed or not."""
+    (own := tmp_path / "own").mkdir()
+    tar(own / "0.tar", pairs(["a"]))
+    data = config(folder, workers=3, validation=str(own), streaming=StreamingConfig(SAMPLES))
+    assert facts(data, INPUTS, build=False, ranks=2).shards == SHARDS + 1
+    with pytest.raises(ValueError, match=r"data\.streaming: 8 shards are too few for 3 ranks of 3 readers.*lower"):
+        facts(data, INPUTS, build=False, ranks=3)
+
+
+def test_readers_tell_what_they_spent_their_time_on(tmp_path: Path) -> None:
+    large = encoded(noise(256, 256), "JPEG")
+    tar(tmp_path / "0.tar", [m for i in range(4) for m in ((f"{i}.jpg", large), (f"{i}.txt", b"x"))])
+    here = ranks(tmp_path)[0].next().seconds
+    with serving({"/0.tar": (tmp_path / "0.tar").read_bytes()}) as server:
+        elsewhere = ranks(server.url("/0.tar"))[0].next().seconds
+    for seconds, idle in ((here, "fetch"), (elsewhere, "read")):
+        assert {name for name, spent in seconds.items() if not spent} == {idle}
+        assert set(seconds) == {*READERS} and min(seconds.values()) == 0
 
 
 def test_shards_of_one_name_elsewhere_are_other_shards(tmp_path: Path) -> None:
