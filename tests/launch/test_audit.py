@@ -18,7 +18,7 @@ from synthos.data.index import load_index
 from synthos.data.stream import Stream
 from synthos.keys import sample_id
 from synthos.recipes.i2i import I2I
-from synthos.schema import RunConfig, read_job
+from synthos.schema import RunConfig, StreamingConfig, read_job
 from synthos.strict import write_config
 from synthos.train.distributed import World
 from synthos.train.report import PADDING, SUBSTITUTE, TRACE, Report
@@ -83,23 +83,37 @@ class Life:
         return Stream(config.data, I2I.inputs, batch_size=config.batch.size, rank=rank, world=ranks, seed=config.seed)
 
 
-@pytest.fixture
-def make_life(tmp_path: Path) -> Callable[..., Life]:
+@pytest.fixture(scope="module")
+def composed(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """A run on 23 samples, eight at a time."""
+    home = tmp_path_factory.mktemp("audit")
+    data = data_set(home / "shards", 23, shard_size=5)
+    return compose(
+        [
+            *("recipe=i2i", "model=tiny", "cluster=debug", "batch.size=8", "batch.micro=2", "wandb.mode=off"),
+            *(f"data.shards={data}", "data.name=set", "data.holdout_fraction=0", "data.workers=0", "data.width=16"),
+            *("data.height=16", "data.window=2", f"runs_dir={home}", f"cache_dir={home / 'cache'}"),
+        ]
+    ).config
 
-    def make(*overrides: str) -> Life:
-        data = data_set(tmp_path / "shards", 23, shard_size=5)
-        config = compose(
-            [
-                *("recipe=i2i", "model=tiny", "cluster=debug", "batch.size=8", "batch.micro=2", "wandb.mode=off"),
-                *(f"data.shards={data}", "data.name=set", "data.holdout_fraction=0", "data.workers=0", "data.width=16"),
-                *("data.height=16", "data.window=2", f"runs_dir={tmp_path}", f"cache_dir={tmp_path / 'cache'}"),
-                *overrides,
-            ]
-        ).config
-        return Life(tmp_path / "run", config)
+
+@pytest.fixture
+def make_life(tmp_path: Path, composed: RunConfig) -> Callable[..., Life]:
+    """One of its own, with shards of its own."""
+
+    def make(**changes: Any) -> Life:
+        shards = shutil.copytree(str(composed.data.shards), tmp_path / "shards")
+        return Life(tmp_path / "run", replace(composed, data=replace(composed.data, shards=str(shards), **changes)))
 
     return make
+
+
+@pytest.fixture(scope="module")
+def four_steps(composed: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that is to be copied before anything is done to it."""
+    life = Life(tmp_path_factory.mktemp("life") / "run", composed)
+    life.attempt_of(1, stop=4, save=4)
+    return life.folder
 
 
 def rewrite(folder: Path, rank: int, change: Callable[[Any], Any]) -> None:
@@ -171,12 +185,11 @@ def changed(field: str, value: int) -> Callable[[Any], Any]:
         (swap_ids, (2, 0, 2)),
     ],
 )
-def test_damage(make_life: Callable[..., Life], audit: Audit, damage: Any, expected: tuple[int, int, int]) -> None:
-    life = make_life()
-    life.attempt_of(1, stop=4, save=4)
-    assert audit(life.folder)[0] == 0
-    rewrite(life.folder, 0, damage)
-    code, said = audit(life.folder)
+def test_damage(four_steps: Path, tmp_path: Path, audit: Audit, damage: Any, expected: tuple[int, int, int]) -> None:
+    folder = shutil.copytree(four_steps, tmp_path / "run")
+    assert audit(folder)[0] == 0
+    rewrite(folder, 0, damage)
+    code, said = audit(folder)
     assert code == 1 and counts(said) == expected and not said["clean"]
     assert all(sample_id("set", w["shard"], w["key"]) == w["id"] for w in said["wrong"] if w["id"] != 12345)
     assert all(not w["key"] for w in said["wrong"] if w["id"] == 12345)
@@ -230,7 +243,7 @@ def test_a_kill_before_a_bad_sample_was_written_down(spoilt: Life, audit: Audit)
 
 
 def test_padding(make_life: Callable[..., Life], audit: Audit) -> None:
-    life = make_life("data.tail=pad")
+    life = make_life(tail="pad")
     life.attempt_of(2, stop=6, save=6)
     code, said = audit(life.folder)
     assert code == 0 and (said["samples"], said["padding"]) == (46, 2)
@@ -256,7 +269,7 @@ def spoil(life: Life) -> None:
 @pytest.fixture
 def spoilt(make_life: Callable[..., Life]) -> Life:
     """A run that met two bad samples, in two epochs each."""
-    life = make_life("data.max_bad_fraction=0.5")
+    life = make_life(max_bad_fraction=0.5)
     spoil(life)
     life.attempt_of(2, stop=6, save=6)
     return life
@@ -264,7 +277,7 @@ def spoilt(make_life: Callable[..., Life]) -> Life:
 
 def test_a_bad_sample_met_again_after_a_kill_is_written_down_once(make_life: Callable[..., Life], audit: Audit) -> None:
     """Validation, which is made up at the restored step, takes no line of that step away."""
-    life = make_life("data.max_bad_fraction=0.5")
+    life = make_life(max_bad_fraction=0.5)
     spoil(life)
     path = life.folder / "data" / "quarantine.jsonl"
     life.attempt_of(2, stop=5, save=2)
@@ -350,7 +363,7 @@ def test_another_seed_than_it_was_trained_with(make_life: Callable[..., Life], a
 def test_a_run_without_an_index_has_nothing_to_be_held_against(
     make_life: Callable[..., Life], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    life = make_life("+data.streaming.samples_per_epoch=23", "data.window=16")
+    life = make_life(streaming=StreamingConfig(23), window=16)
     assert main(["data", "audit", str(life.folder)]) == 2
     assert capsys.readouterr().err.endswith("run: a run with data.streaming has no plan to hold its traces against\n")
 
