@@ -4,6 +4,7 @@ import unicodedata
 from bisect import bisect_right
 from collections.abc import Iterator
 from functools import lru_cache
+from math import ceil
 
 from PIL import ImageFont
 
@@ -54,7 +55,7 @@ def _lines(text: str, font: Font, width: int) -> Iterator[str]:
         if line:
             yield line
         while len(word) > width or font.getlength(word) > width:  # as where a language has no spaces
-            fits = bisect_right(range(1, width), width, key=lambda n: font.getlength(word[:n]))
+            fits = bisect_right(range(1, width), width, key=lambda n: ceil(font.getlength(word[:n])))
             yield word[: max(fits, 1)]
             word = word[max(fits, 1) :]
         line = word

@@ -31,6 +31,8 @@ def main(arguments: list[str]) -> int:
         return 0
     config = compose([argument for argument in arguments if argument != "--json"]).config
     recipe = recipe_class(config.recipe.get("name", ""))
+    if config.data.streaming is not None:
+        raise ValueError("data.streaming: what is read without an index can't be planned; expected null")
     problems = value_problems(config, recipe, recipe_config(config.recipe))
     if problems:
         raise ValueError("\n".join(problems))

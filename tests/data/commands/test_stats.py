@@ -12,7 +12,10 @@ import pytest
 from PIL import Image
 
 from launch.cli import main
+from synthos.data import indexing
 from synthos.data.preview import CELL, GAP, TEXT, draw_rows
+from synthos.data.processes import usable_cores
+from synthos.data.shards import list_shards
 from synthos.data.stats import Counts
 from synthos.data.stream import Stream
 from synthos.data.write import Row, write_shards
@@ -133,15 +136,19 @@ def test_the_limit_that_is_asked_for_is_a_row_of_the_table(
     ]
 
 
+@pytest.mark.parametrize("alone", [indexing.ALONE_BYTES, 0])
 def test_shards_without_an_index_are_indexed_first_and_together(
-    folder: Path, command: Command, capsys: pytest.CaptureFixture[str]
+    folder: Path, command: Command, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, alone: int
 ) -> None:
+    """By processes of their own where they hold much."""
     _, expected = command("stats", folder)
+    monkeypatch.setattr(indexing, "ALONE_BYTES", alone)
+    assert indexing.processes_for(list_shards(str(folder))) == (1 if alone else usable_cores())
     for path in (*folder.glob("*.npz"), folder / "manifest.json"):
         path.unlink()
     assert main(["data", "stats", str(folder)]) == 0
     said = capsys.readouterr().err
-    assert "indexing" in said and "3 shards" not in said and len([*folder.glob("*.npz")]) == 3
+    assert "indexing" in said and len([*folder.glob("*.npz")]) == 3
     assert main(["data", "stats", str(folder)]) == 0
     assert "indexing" not in capsys.readouterr().err and command("stats", folder)[1] == expected
 
