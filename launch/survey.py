@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from synthos.data.check import DataFacts, facts, list_data
-from synthos.data.commands.index import index_first
-from synthos.data.store.files import Storage
+from synthos.data.check import DataFacts, facts
 from synthos.models import initial
 from synthos.models.parts import missing
 from synthos.schema import DataConfig, RunConfig
@@ -53,8 +51,6 @@ def survey(config: RunConfig, recipe: Any, dry_run: bool, absent: Sequence[str] 
         notes = [f"data: the shards of {config.data.title} will be indexed, which reads each of them once"]
     if notes and work:
         print(*notes, sep="\n", flush=True)
-        storage = Storage()
-        index_first(list_data(config.data, storage)[0], storage, quiet=True)
         data, notes = facts(config.data, recipe.inputs, build=True), []
     return Survey(data, [*data.missing, *absent], notes)
 

@@ -30,7 +30,7 @@ def box(text: str, font: lettering.Font) -> bool:
 
 
 @pytest.mark.usefixtures("fonts")
-@pytest.mark.parametrize("text", [*ALPHABETS.values(), "猫の絵", "שלום", "🙂", "a\x85b\u200b"], ids=ascii)
+@pytest.mark.parametrize("text", [*ALPHABETS.values(), "猫の絵", "שלום", "🙂", "a\x85b\u200b"], ids=range(8))
 def test_nothing_is_a_box(text: str) -> None:
     said, font = letter(text, 11)
     assert said and not box(said.replace("\x85", ""), font)

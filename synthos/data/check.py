@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from synthos.batch import Input
+from synthos.data.indexing import index_shards, processes_for, unindexed
 from synthos.data.shards import MissingShards, ShardPlace, identity_by_place, list_shards
 from synthos.data.source import check_config, open_split
 from synthos.data.store.files import Storage
@@ -43,6 +44,9 @@ def facts(config: DataConfig, inputs: Mapping[str, Input], build: bool, ranks: i
         check_readers(config, len(places) - len(indexed), ranks)
     if not build and not all(is_remote(place.index) or Path(place.index).is_file() for place in indexed):
         return DataFacts(shards=len(places))
+    absent = unindexed(indexed)
+    for _ in index_shards(absent, None, processes_for(absent), storage):
+        pass  # a damaged shard is named when it is opened
     try:
         training, held_out = open_split(config, inputs, storage)
     except StorageError as error:

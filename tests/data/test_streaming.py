@@ -162,7 +162,9 @@ def test_too_few_shards_are_told_before_anything_starts(folder: Path, tmp_path: 
     (own := tmp_path / "own").mkdir()
     tar(own / "0.tar", pairs(["a"]))
     data = config(folder, workers=3, validation=str(own), streaming=StreamingConfig(SAMPLES))
-    assert facts(data, INPUTS, build=False, ranks=2).shards == SHARDS + 1
+    assert facts(data, INPUTS, build=False, ranks=2).shards == SHARDS + 1 and not [*own.glob("*.npz")]
+    assert facts(data, INPUTS, build=True, ranks=2).held_out == 1
+    assert [*own.glob("*.npz")] and not [*folder.glob("*.npz")]  # what streams has none
     with pytest.raises(ValueError, match=r"data\.streaming: 8 shards are too few for 3 ranks of 3 readers.*lower"):
         facts(data, INPUTS, build=False, ranks=3)
 
