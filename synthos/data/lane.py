@@ -19,7 +19,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from synthos.batch import Batch, Fault, Input
 from synthos.data.bad import read_known_bad
-from synthos.data.decode import decode_into
+from synthos.data.decode import TooManyPixels, decode_into
 from synthos.data.reader import READERS
 from synthos.data.selection import MAX_BYTES
 from synthos.data.shards import ShardPlace
@@ -133,6 +133,7 @@ class Lane(IterableDataset[tuple[Batch, Place]]):
                 else:
                     columns[name][row] = text
             except ValueError as problem:
+                reason = "limits" if isinstance(problem, TooManyPixels) else reason
                 error = f"can't be decoded: {name}: {problem}"
             if error:
                 where = self._id(sample), place.number, self.config.name, sample["__url__"], sample["__key__"]

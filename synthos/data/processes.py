@@ -14,5 +14,6 @@ def forkserver() -> ForkServerContext:
     seconds for it. Forked from this one they would inherit the locks of CUDA and of our threads.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", "torch"])  # the first is Python's default
+    # The first is Python's default. What torch loads starts no thread but OpenBLAS's, which ends them before a fork.
+    context.set_forkserver_preload(["__main__", "torch"])
     return context

@@ -14,7 +14,7 @@ from synthos.data.commands.screen import (
     print_list,
     shown,
     spec_of,
-)  # fmt: skip
+)
 from synthos.data.indexing import Indexed, index_shards, processes_for, settle_manifest, unindexed
 from synthos.data.manifest import fingerprint, read_manifest
 from synthos.data.shards import ShardPlace, list_shards
