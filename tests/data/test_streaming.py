@@ -210,7 +210,7 @@ def test_what_can_not_be_used_is_passed_over_and_told(tmp_path: Path) -> None:
     members = [(name, black_png(8200) if name == "10.png" else data) for name, data in members]
     tar(tmp_path / "0.tar", members)
     (one,) = ranks(tmp_path, batch=2)
-    batches = [one.next() for _ in range(4)]
+    batches = [one.next() for _ in range(5)]  # a pass, and what is met after its last good sample
     faults = {fault.key: fault for batch in batches for fault in batch.faults}
     assert {key: (fault.member, fault.reason) for key, fault in faults.items()} == {
         "3": ("", "missing"), "5": ("png", "decode"), "8": ("txt", "limits"), "10": ("png", "limits"),
@@ -218,7 +218,7 @@ def test_what_can_not_be_used_is_passed_over_and_told(tmp_path: Path) -> None:
     whole = (tmp_path / "0.tar").read_bytes()
     fault = faults["5"]
     assert whole[fault.offset : fault.offset + fault.size] == picture()[:40]
-    assert sorted(t for b in batches for t in b.texts("text")) == sorted(
+    assert sorted(t for b in batches[:4] for t in b.texts("text")) == sorted(
         f"caption {i}" for i in (0, 1, 2, 4, 6, 7, 9, 11)
     )
     one.count(batches[0].faults)
