@@ -10,6 +10,7 @@ from launch.rundir import RunState, run_folder
 from launch.sizes import counted_rows, stated_rows
 from launch.survey import Survey
 from synthos.data.buckets import bucket_sizes
+from synthos.data.commands.screen import counted
 from synthos.schema import JobConfig, RunConfig
 from synthos.train.memory import Sizes
 
@@ -42,7 +43,7 @@ class Plan:
         config, batch = self.config, self.config.batch
         factors = f"micro {batch.micro} x accumulation {config.accumulation} x ranks {config.ranks}"
         rows = {
-            "recipe": f"{config.recipe['name']}, model {config.model.name}, data {config.data.name}",
+            "recipe": f"{config.recipe['name']}, model {config.model.name}, data {config.data.title}",
             **({"init_from": config.init_from} if config.init_from else {}),
             "run folder": str(self.folder or f"{self._folder()}, {UNKNOWN}"),
             "holds": describe_state(self.state),
@@ -84,7 +85,8 @@ class Plan:
         data = self.survey.data
         if data.samples is None:
             return UNKNOWN
-        return f"{data.samples:,} samples to train on and {data.held_out:,} held out, in {data.shards} shards"
+        held = f"{counted(data.samples, 'sample')} to train on and {data.held_out:,} held out"
+        return f"{held}, in {counted(data.shards or 0, 'shard')}"
 
 
 def describe_cluster(config: JobConfig) -> str:
@@ -112,4 +114,4 @@ def describe_state(state: RunState | None) -> str:
     at = f"checkpoint of step {state.step}" if state.step is not None else "no checkpoint"
     status = state.verdict.get("status", "no verdict")
     weights = f", weights {state.weights.name}" if state.weights else ""
-    return f"{state.attempts} attempts, {at}, {status}{weights}"
+    return f"{counted(state.attempts, 'attempt')}, {at}, {status}{weights}"

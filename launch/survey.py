@@ -40,15 +40,15 @@ def survey(config: RunConfig, recipe: Any, dry_run: bool, absent: Sequence[str] 
         absent += _module(config.data).missing()
     work = not dry_run and not absent  # no work for a run that can't start
     if unwritten:
-        note = f"data: {config.data.name} will be written to {_home(config.data)}"
+        note = f"data: {config.data.title} will be written to {_home(config.data)}"
         if not work:
             return Survey(DataFacts(), absent, [note])
         print(note, flush=True)
         _module(config.data).prepare(_home(config.data))
-    data = facts(config.data, recipe.inputs, build=False)
+    data = facts(config.data, recipe.inputs, build=False, ranks=config.ranks)
     notes = []
     if data.samples is None and not data.missing:
-        notes = [f"data: the shards of {config.data.name} will be indexed, which reads each of them once"]
+        notes = [f"data: the shards of {config.data.title} will be indexed, which reads each of them once"]
     if notes and work:
         print(*notes, sep="\n", flush=True)
         data, notes = facts(config.data, recipe.inputs, build=True), []

@@ -83,6 +83,11 @@ class DataConfig:
     prepare: str | None  # module of synthos.data that writes this data set on first use
     streaming: StreamingConfig | None = None  # for shards without an index
 
+    @property
+    def title(self) -> str:
+        """What it is called where people read it."""
+        return self.name if self.mix is None else f"a mixture of {', '.join(self.mix)}"
+
 
 @dataclass(frozen=True)
 class OptimConfig:

@@ -7,9 +7,9 @@ from launch.check import value_problems
 from launch.compose import compose
 from launch.survey import write_built_in
 from synthos.data.check import list_data
-from synthos.data.commands.screen import megabytes, print_json, print_table, shown
+from synthos.data.commands.index import index_first
+from synthos.data.commands.screen import megabytes, print_json, print_table
 from synthos.data.forecast import Forecast, forecast
-from synthos.data.indexing import index_shards, unindexed, usable_cores
 from synthos.data.source import check_config
 from synthos.data.store.files import Storage
 from synthos.schema import RunConfig
@@ -31,6 +31,8 @@ def main(arguments: list[str]) -> int:
         return 0
     config = compose([argument for argument in arguments if argument != "--json"]).config
     recipe = recipe_class(config.recipe.get("name", ""))
+    if config.data.streaming is not None:
+        raise ValueError("data.streaming: what is read without an index can't be planned; expected null")
     problems = value_problems(config, recipe, recipe_config(config.recipe))
     if problems:
         raise ValueError("\n".join(problems))
@@ -60,9 +62,7 @@ def _index(config: RunConfig, quiet: bool) -> None:
     places, missing = list_data(config.data, storage)
     if missing:
         raise ValueError("\n".join(missing))
-    if absent := unindexed(places):
-        for _ in shown(index_shards(absent, None, usable_cores(), storage), "indexing", len(absent), quiet):
-            pass  # a damaged shard is named when it is opened
+    index_first(places, storage, quiet)
 
 
 def _epoch_rows(found: Forecast, nodes: int) -> Rows:

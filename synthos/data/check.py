@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from synthos.batch import Input
+from synthos.data.indexing import index_shards, processes_for, unindexed
 from synthos.data.shards import MissingShards, ShardPlace, identity_by_place, list_shards
 from synthos.data.source import check_config, open_split
 from synthos.data.store.files import Storage
@@ -25,12 +26,12 @@ class DataFacts:
     missing: list[str] = field(default_factory=list)  # a line for each shard that is not there, or can't be reached
 
 
-def facts(config: DataConfig, inputs: Mapping[str, Input], build: bool) -> DataFacts:
+def facts(config: DataConfig, inputs: Mapping[str, Input], build: bool, ranks: int = 1) -> DataFacts:
     """What the run's data are.
 
     With `build`, indexes that are missing are built and left beside their shards; else nothing is written.
     Raises ValueError for what is there and wrong: a damaged shard, too many samples without a caption, a sample in both
-    splits.
+    splits; with data.streaming, fewer shards than the readers of so many `ranks`.
     """
     check_config(config)
     storage = Storage()
@@ -40,8 +41,12 @@ def facts(config: DataConfig, inputs: Mapping[str, Input], build: bool) -> DataF
     indexed = places
     if config.streaming is not None:
         indexed = list_shards(config.validation, "data.validation", storage) if config.validation is not None else []
+        check_readers(config, len(places) - len(indexed), ranks)
     if not build and not all(is_remote(place.index) or Path(place.index).is_file() for place in indexed):
         return DataFacts(shards=len(places))
+    absent = unindexed(indexed)
+    for _ in index_shards(absent, None, processes_for(absent), storage):
+        pass  # a damaged shard is named when it is opened
     try:
         training, held_out = open_split(config, inputs, storage)
     except StorageError as error:
@@ -53,6 +58,16 @@ def facts(config: DataConfig, inputs: Mapping[str, Input], build: bool) -> DataF
         names, samples = [*names, identity_by_place(places)], config.streaming.samples_per_epoch
     identity = hashlib.blake2b(" ".join(names).encode(), digest_size=16).hexdigest()
     return DataFacts(samples, sum(map(len, held_out)), len(places), identity, [])
+
+
+def check_readers(config: DataConfig, shards: int, ranks: int) -> None:
+    """Raise ValueError where data.streaming has fewer shards than readers."""
+    readers = max(config.workers, 1)
+    if shards < ranks * readers:
+        raise ValueError(
+            f"data.streaming: {shards} shards are too few for {ranks} ranks of {readers} readers, which need one each; "
+            "lower data.workers, or write smaller shards"
+        )
 
 
 def list_data(config: DataConfig, storage: Storage) -> tuple[list[ShardPlace], list[str]]:

@@ -84,7 +84,7 @@ class Forecast:
         if empty:
             notes.append(f"no picture is nearest to {', '.join(empty)}")
         if self.tail == "drop" and self.left_over:
-            notes.append(f"data.tail=drop leaves out {self.left_over:,.0f} samples of each epoch")
+            notes.append(f"data.tail=drop leaves {self.left_over:,.0f} of {self.samples:,} samples out of each epoch")
         if self.cache_limit is not None and self.cache_limit < 2 * self.node.cache_bytes:
             notes.append(
                 f"data.cache_gb {self.cache_limit / 1e9:g} is below the {2 * self.node.cache_bytes / 1e9:.3g} of two "

@@ -16,11 +16,13 @@ from typing import TypeVar
 
 from synthos.data.index import ShardIndex, build_index, load_index, save_index
 from synthos.data.manifest import FILE, ShardLine, read_manifest, write_manifest
+from synthos.data.processes import forkserver, usable_cores
 from synthos.data.shards import ShardPlace, index_path
 from synthos.data.store.files import Storage
 from synthos.data.store.location import is_remote
 
 Result = TypeVar("Result")
+ALONE_BYTES = 256 << 20  # that one process has indexed before others have started
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,10 @@ class Indexed:
     error: str = ""
 
 
-def usable_cores() -> int:
-    return len(os.sched_getaffinity(0))
+def processes_for(places: list[ShardPlace]) -> int:
+    """As many as will index local shards soonest: one per core, or this one alone."""
+    size = sum(os.stat(place.url).st_size for place in places)
+    return usable_cores() if size > ALONE_BYTES else 1
 
 
 def over_shards(
@@ -45,7 +49,7 @@ def over_shards(
     if workers <= 1:
         yield from ((number, work(place)) for number, place in enumerate(places))
         return
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("forkserver"), initializer=_follow_parent)
+    pool = ProcessPoolExecutor(workers, forkserver(), initializer=_follow_parent)
     waiting = iter(enumerate(places))
     running: dict[Future[Result], int] = {}
     try:

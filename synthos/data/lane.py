@@ -19,11 +19,12 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from synthos.batch import Batch, Fault, Input
 from synthos.data.bad import read_known_bad
-from synthos.data.decode import decode_image
+from synthos.data.decode import TooManyPixels, decode_into
+from synthos.data.reader import READERS
 from synthos.data.selection import MAX_BYTES
 from synthos.data.shards import ShardPlace
 from synthos.data.store.files import FileFacts, Storage
-from synthos.data.store.location import masked
+from synthos.data.store.location import is_remote, masked
 from synthos.data.tar import MAX_MEMBERS, check_member, split_name
 from synthos.keys import hash64, sample_id, signed64
 from synthos.schema import DataConfig
@@ -59,7 +60,7 @@ class Lane(IterableDataset[tuple[Batch, Place]]):
         assert config.streaming is not None
         self.config, self.inputs, self.places, self.seed, self.size = config, inputs, places, seed, size
         self.rank, self.ranks, self.block = rank, ranks, config.streaming.block
-        self.storage = Storage()
+        self.storage, self.remote = Storage(), any(is_remote(place.url) for place in places)
         self.known = read_known_bad(config.known_bad, config.name)
         self.starts = [Place()] * max(config.workers, 1)  # of each of the rank's lanes
         self.first = 0  # which of them has the next batch
@@ -73,18 +74,22 @@ class Lane(IterableDataset[tuple[Batch, Place]]):
 
     def _batch(self, samples: Iterator[tuple[dict[str, Any], Place]]) -> tuple[Batch, Place]:
         """The next samples of a lane that can be used, and what was met on the way."""
-        height, width, began = self.config.height, self.config.width, time.perf_counter()
+        height, width = self.config.height, self.config.width
         columns: dict[str, Any] = {
-            name: np.empty((self.size, 3, height, width), np.uint8) if item.kind == "image" else [""] * self.size
+            name: np.empty((self.size, height, width, 3), np.uint8) if item.kind == "image" else [""] * self.size
             for name, item in self.inputs.items()
         }
-        ids, epochs, faults, decoding = np.empty(self.size, np.int64), np.empty(self.size, np.int64), [], 0.0
+        ids, epochs, faults = np.empty(self.size, np.int64), np.empty(self.size, np.int64), []
+        seconds = dict.fromkeys(READERS, 0.0)
         row = bad = 0
         while row < self.size:
+            began = time.perf_counter()
             sample, place = next(samples)
-            decoding -= time.perf_counter()
-            fault = self._decode(sample, place, row, columns)
-            decoding += time.perf_counter()
+            read = time.perf_counter()
+            fault, moved = self._decode(sample, place, row, columns)
+            seconds["fetch" if self.remote else "read"] += read - began
+            seconds["decode"] += time.perf_counter() - read - moved
+            seconds["transform"] += moved
             if fault is not None:
                 faults.append(fault)
                 bad += 1
@@ -95,16 +100,21 @@ class Lane(IterableDataset[tuple[Batch, Place]]):
             bad = 0
             ids[row], epochs[row] = signed64(self._id(sample)), place.number
             row += 1
-        tensors = {name: torch.from_numpy(c) if isinstance(c, np.ndarray) else c for name, c in columns.items()}
-        seconds = {"fetch": time.perf_counter() - began - decoding, "decode": decoding}
+        tensors = {  # [B, 3, H, W], channels last in memory
+            name: torch.from_numpy(c).permute(0, 3, 1, 2) if isinstance(c, np.ndarray) else c
+            for name, c in columns.items()
+        }
         batch = Batch(torch.from_numpy(ids), torch.from_numpy(epochs), tensors, faults=faults, seconds=seconds)
         return batch, place
 
     def _id(self, sample: dict[str, Any]) -> int:
         return sample_id(self.config.name, sample["__url__"], sample["__key__"])
 
-    def _decode(self, sample: dict[str, Any], place: Place, row: int, columns: dict[str, Any]) -> Fault | None:
-        """Put each input's value to `row` of its column, or tell why it can't be."""
+    def _decode(
+        self, sample: dict[str, Any], place: Place, row: int, columns: dict[str, Any]
+    ) -> tuple[Fault | None, float]:
+        """Put each input's value to `row` of its column, or tell why it can't be; and how long cropping took, in s."""
+        moved = 0.0
         for name, item in self.inputs.items():
             extension = next((e for e in item.extensions if e in sample), "")
             piece = sample.get(extension, Piece(0, 0, 0, b""))
@@ -117,17 +127,18 @@ class Lane(IterableDataset[tuple[Batch, Place]]):
                     reason, most = "limits", MAX_BYTES[item.kind]
                     error = f"has a {name} of {len(piece.data)} bytes; at most {most} are read"
                 elif item.kind == "image":
-                    columns[name][row] = decode_image(piece.data, self.config.height, self.config.width, item.crop)
+                    moved += decode_into(piece.data, columns[name][row], item.crop)
                 elif not (text := piece.data.decode().strip()):
                     error = f"has an empty {name}"
                 else:
                     columns[name][row] = text
             except ValueError as problem:
+                reason = "limits" if isinstance(problem, TooManyPixels) else reason
                 error = f"can't be decoded: {name}: {problem}"
             if error:
                 where = self._id(sample), place.number, self.config.name, sample["__url__"], sample["__key__"]
-                return Fault(*where, extension, piece.offset, len(piece.data), reason, error)
-        return None
+                return Fault(*where, extension, piece.offset, len(piece.data), reason, error), moved
+        return None, moved
 
     def _samples(self, lane: int) -> Iterator[tuple[dict[str, Any], Place]]:
         """One pass after another of a lane: each sample, and where the lane stands after it."""

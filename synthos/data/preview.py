@@ -1,11 +1,10 @@
 """A contact sheet: pictures drawn evenly from all shards, with key and caption, to see what a data set really holds."""
 
-import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from synthos.batch import Input
 from synthos.data.decode import decode_image, image_size
@@ -15,12 +14,13 @@ from synthos.data.selection import choose
 from synthos.data.shards import ShardPlace
 from synthos.data.store.files import Storage
 from synthos.keys import hash64
+from synthos.lettering import Font, letter, wrapped
 
 CELL = 192  # pixels of a picture's longer side
 TEXT = 46  # pixels of the three lines below it
 GAP = 8
 CAPTION_LINES = 2
-LINE_CHARACTERS = 36
+SIZE = 11  # of letters
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def draw_sheet(shown: list[Shown], columns: int) -> Image.Image:
     rows = -(-len(shown) // columns)
     width, height = CELL + GAP, CELL + TEXT + GAP
     sheet = Image.new("RGB", (columns * width + GAP, rows * height + GAP), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    draw = ImageDraw.Draw(sheet)
     for number, one in enumerate(shown):
         x, y = number % columns * width + GAP, number // columns * height + GAP
         if one.picture is not None:
@@ -98,12 +98,23 @@ def draw_sheet(shown: list[Shown], columns: int) -> Image.Image:
             sheet.paste(one.picture, (x + left, y + top))
         else:
             draw.rectangle((x, y, x + CELL - 1, y + CELL - 1), outline="red")
-            draw.multiline_text((x + 4, y + 4), textwrap.fill(one.error, LINE_CHARACTERS - 2), "red", font)
-        head = textwrap.wrap(one.caption, LINE_CHARACTERS, max_lines=CAPTION_LINES, placeholder=" ...")
-        place = f"{one.shard.removesuffix('.tar')} / {one.key}"
-        place = place if len(place) <= LINE_CHARACTERS else f"... {place[4 - LINE_CHARACTERS :]}"
-        draw.multiline_text((x, y + CELL + 2), "\n".join([place, *head]), "black", font, spacing=2)
+            error, font = letter(one.error, SIZE)
+            draw.multiline_text((x + 4, y + 4), "\n".join(wrapped(error, font, CELL - 8)), "red", font)
+        place, font = letter(f"{one.shard.removesuffix('.tar')} / {one.key}", SIZE)
+        draw.text((x, y + CELL + 2), _end(place, font), "black", font)
+        caption, font = letter(one.caption, SIZE)
+        for line, words in enumerate(wrapped(caption, font, CELL, CAPTION_LINES), 1):
+            draw.text((x, y + CELL + 2 + line * TEXT // (CAPTION_LINES + 1)), words, "black", font)
     return sheet
+
+
+def _end(text: str, font: Font) -> str:
+    """The last part of a text, as much as a cell is wide."""
+    if font.getlength(text) <= CELL:
+        return text
+    while font.getlength(f"... {text}") > CELL:
+        text = text[1:]
+    return f"... {text}"
 
 
 def _extension(index: ShardIndex, row: int, asked: tuple[str, ...]) -> str | None:

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,8 @@ class Selection:
             part.replace(path)
         except OSError as error:  # it only saves the next opening some time
             log.warning("data.cache: %s is not kept: %s", path, error)
+            with suppress(OSError):
+                part.unlink()
 
     @classmethod
     def load(cls, path: Path) -> "Selection":

@@ -13,7 +13,7 @@ from pathlib import Path
 from synthos.data import manifest
 from synthos.data.manifest import ShardLine
 from synthos.data.store.files import Storage
-from synthos.data.store.location import check_location, file_name, is_remote, join, masked, parent
+from synthos.data.store.location import check_location, file_name, is_remote, join, masked, parent, split_query
 from synthos.data.store.retry import MissingFile
 
 Spec = str | list[str] | None
@@ -50,7 +50,8 @@ class MissingShards(ValueError):
 
 def index_path(shard: str) -> str:
     """NNNNN.tar -> NNNNN.idx.npz, beside it."""
-    return shard.removesuffix(".tar") + ".idx.npz"
+    path, query = split_query(shard)
+    return f"{path.removesuffix('.tar')}.idx.npz{query}"
 
 
 def identity_by_place(places: Iterable[ShardPlace]) -> str:
@@ -80,21 +81,27 @@ def list_shards(spec: Spec, key: str = "data.shards", storage: Storage | None = 
     return places
 
 
-def _expand(entry: str, key: str, storage: Storage) -> list[ShardPlace]:
-    check_location(entry, key)
+def _expand(entry: str, key: str, storage: Storage, listed: bool = False) -> list[ShardPlace]:
+    """The shards of an entry of the config, or of a list (`listed`), which may be signed."""
+    check_location(entry, key, listed)
     remote = is_remote(entry)
     path = entry if remote else str(Path(entry.removeprefix("file://")).expanduser())
-    if Path(path).is_dir() or entry.endswith("/"):
+    if Path(path).is_dir() or split_query(entry)[0].endswith("/"):
         return _list_folder(path, key, storage)
-    if path.endswith((".txt", ".json")):
-        return [place for each in _read_list(path, key, storage) for place in _expand(each, key, storage)]
+    if _is_list(path):
+        return [place for each in _read_list(path, key, storage) for place in _expand(each, key, storage, True)]
     found = [shard for pattern in _expand_braces(path) for shard in _expand_glob(pattern, key, storage)]
     for shard in found:
-        if not shard.endswith(".tar"):
-            if not Path(shard).suffix:
+        name = file_name(shard)
+        if not name.endswith(".tar"):
+            if not Path(name).suffix:
                 raise MissingShards([f"{key}: no such folder: {masked(shard)}{' (end it by /)' if remote else ''}"])
             raise ValueError(f"{key}: {masked(shard)!r} is no .tar; expected {FORMS} (compressed tars are not read)")
     return [ShardPlace.beside(shard) for shard in found]
+
+
+def _is_list(path: str) -> bool:
+    return file_name(path).endswith((".txt", ".json"))
 
 
 def _list_folder(folder: str, key: str, storage: Storage) -> list[ShardPlace]:
@@ -139,7 +146,7 @@ def _read_list(path: str, key: str, storage: Storage) -> list[str]:
         raise MissingShards([f"{key}: no such list of shards: {masked(path)}"]) from None
     except UnicodeDecodeError:
         raise ValueError(f"{key}: the list {masked(path)} is not UTF-8") from None
-    if path.endswith(".txt"):
+    if file_name(path).endswith(".txt"):
         entries = [line.strip() for line in text.splitlines() if line.strip()]
     else:
         entries = _parse_json_list(text, path, key)
@@ -147,7 +154,7 @@ def _read_list(path: str, key: str, storage: Storage) -> list[str]:
         raise ValueError(f"{key}: the list {masked(path)} is empty")
     for entry in entries:
         check_location(entry, key, listed=True)
-        if entry.endswith((".txt", ".json")):
+        if _is_list(entry):
             raise ValueError(f"{key}: {masked(path)} names another list, {masked(entry)!r}; expected tars or folders")
     return [entry if is_remote(entry) else _relative(entry, path, key) for entry in entries]
 

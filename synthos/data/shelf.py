@@ -17,7 +17,7 @@ from synthos.data.selection import choose
 from synthos.data.shards import ShardPlace
 from synthos.data.store.cache import ShardCache
 from synthos.data.store.files import FileFacts, Storage
-from synthos.data.store.location import is_remote, scheme_of
+from synthos.data.store.location import is_remote, masked, scheme_of
 from synthos.data.store.retry import MissingFile, NoRoom
 from synthos.keys import sample_id
 from synthos.schema import DataConfig
@@ -132,7 +132,9 @@ class Shelf:
     def _open(self, place: ShardPlace, line: ShardLine, inputs: Mapping[str, Input]) -> View:
         index = open_index(place, self.storage)
         if (index.bytes, index.checksum, len(index)) != (line.bytes, line.checksum, line.samples):
-            raise RuntimeError(f"{place.index}: the index was changed since the run opened its data; start again")
+            raise RuntimeError(
+                f"{masked(place.index)}: the index was changed since the run opened its data; start again"
+            )
         facts = self.storage.facts(place.url) if is_remote(place.url) else None
         columns = {name: choose(index, item) for name, item in inputs.items()}
         rows = np.arange(len(index))

@@ -151,9 +151,9 @@ class Statistics:
         classes = np.searchsorted(ASPECTS, facts.width[seen] / facts.height[seen])
         self.aspects += np.bincount(classes, minlength=len(self.aspects))
 
-    def distribution(self) -> dict[int, int]:
-        """Samples whose shorter side has at least so many pixels."""
-        return {side: self.sides.at_least(side) for side in SIDES}
+    def distribution(self, also: int = 0) -> dict[int, int]:
+        """Samples whose shorter side has at least so many pixels: `SIDES`, and `also` where it is not 0."""
+        return {side: self.sides.at_least(side) for side in sorted({*SIDES, also} - {0})}
 
     def doubles(self) -> int:
         """Samples whose picture an earlier one has, by size and CRC-32."""

@@ -9,7 +9,6 @@ import hashlib
 import itertools
 import json
 import logging
-import signal
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,11 +17,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from synthos.batch import Batch, Fault, Input
 from synthos.data.bad import Budget
 from synthos.data.buckets import bucket_sizes
+from synthos.data.loader import open_loader
 from synthos.data.mixture import Mixture, weight_schedule
 from synthos.data.order import Order
 from synthos.data.plan import Planned, Planner, Position, check_lanes, first_slot
@@ -143,15 +142,8 @@ class Stream:
     def _read_ahead(self) -> Iterator[Batch]:
         """Our share of every batch from the cursor on, without end."""
         workers = self.config.workers
-        loader = DataLoader(
-            self._reader,
-            batch_sampler=map(self._instruct, itertools.count(self.cursor)),
-            collate_fn=as_is,
-            num_workers=workers,
-            # Forked children would inherit locks of CUDA and of this process's threads.
-            multiprocessing_context="forkserver" if workers else None,
-            worker_init_fn=ignore_signals if workers else None,
-        )
+        instructions = map(self._instruct, itertools.count(self.cursor))
+        loader = open_loader(self._reader, workers, tell=self.share.start == 0, batch_sampler=instructions)
         if workers:
             atexit.register(self.close)  # Python would end readers by SIGTERM, which they ignore, and wait for ever
         return iter(loader)
@@ -272,14 +264,3 @@ def check_share(batch_size: int, world: int) -> None:
     if batch_size % world:
         near = max(batch_size // world, 1) * world
         raise ValueError(f"batch.size: {batch_size} does not divide among {world} ranks; {near} and {near + world} do")
-
-
-def as_is(batch: Any) -> Any:
-    """Readers return whole batches."""
-    return batch
-
-
-def ignore_signals(worker: int) -> None:
-    """A stop is the training process's to handle; readers that it still needs must not die of the same signal."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)

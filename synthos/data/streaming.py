@@ -13,15 +13,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from torch.utils.data import DataLoader
-
 from synthos.batch import Batch, Fault, Input
 from synthos.data.bad import Budget
+from synthos.data.check import check_readers
 from synthos.data.lane import Lane, Place
+from synthos.data.loader import open_loader
 from synthos.data.selection import check_inputs
 from synthos.data.shards import identity_by_place, list_shards
 from synthos.data.source import check_config
-from synthos.data.stream import as_is, check_share, ignore_signals
+from synthos.data.stream import check_share
 from synthos.schema import DataConfig
 
 log = logging.getLogger(__name__)
@@ -67,11 +67,7 @@ class Streaming:
         self.config, self.collect, self.rank = config, collect, rank
         places = list_shards(config.shards)
         self.readers = max(config.workers, 1)
-        if len(places) < world * self.readers:
-            raise ValueError(
-                f"data.streaming: {len(places)} shards are too few for {world} ranks of {self.readers} readers, which "
-                "need one each; lower data.workers, or write smaller shards"
-            )
+        check_readers(config, len(places), world)
         self.identity = {"version": VERSION, "seed": seed, "name": config.name, "shards": identity_by_place(places)}
         self.identity |= {"batch_size": batch_size, "block": config.streaming.block, "ranks": world}
         self.identity |= {"readers": self.readers}
@@ -152,13 +148,4 @@ class Streaming:
         self._lane.starts, self._lane.first = [*self._places], self.cursor % self.readers
         if workers:
             atexit.register(self.close)
-        return iter(
-            DataLoader(
-                self._lane,
-                batch_size=None,
-                num_workers=workers,
-                collate_fn=as_is,
-                multiprocessing_context="forkserver" if workers else None,
-                worker_init_fn=ignore_signals if workers else None,
-            )
-        )
+        return iter(open_loader(self._lane, workers, tell=self.rank == 0, batch_size=None))

@@ -1,15 +1,17 @@
 """Pictures for people: what was asked for and what came, on one card."""
 
-import textwrap
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
+
+from synthos.lettering import letter, wrapped
 
 MARGIN = 8  # pixels
 LINE = 18  # pixels that a line of text takes
+SIZE = 14  # of letters
 
 
 def to_image(picture: Tensor) -> Image.Image:
@@ -25,12 +27,13 @@ def card(pictures: Tensor, reference: Path | None, prompt: str) -> Image.Image:
     scale = max(1, 256 // made[0].height)
     tiles = [t.resize((t.width * scale, t.height * scale), Image.Resampling.NEAREST) for t in tiles]
     sheet_width = sum(t.width + MARGIN for t in tiles) + MARGIN
-    font = ImageFont.load_default(size=14)
-    lines = textwrap.wrap(prompt or "(no prompt)", max(10, sheet_width // 8))
-    sheet = Image.new("RGB", (sheet_width, tiles[0].height + 2 * MARGIN + 18 * len(lines) + MARGIN), "white")
+    text, font = letter(prompt or "(no prompt)", SIZE)
+    lines = wrapped(text, font, sheet_width - 2 * MARGIN)
+    sheet = Image.new("RGB", (sheet_width, tiles[0].height + 2 * MARGIN + LINE * len(lines) + MARGIN), "white")
     for index, tile in enumerate(tiles):
         sheet.paste(tile, (MARGIN + index * (tile.width + MARGIN), MARGIN))
-    ImageDraw.Draw(sheet).text((MARGIN, tiles[0].height + 2 * MARGIN), "\n".join(lines), fill="black", font=font)
+    for number, line in enumerate(lines):
+        ImageDraw.Draw(sheet).text((MARGIN, tiles[0].height + 2 * MARGIN + LINE * number), line, "black", font)
     return sheet
 
 
@@ -60,7 +63,6 @@ def sheet(cells: list[tuple[Image.Image, Path | None, str]], columns: int) -> Im
     cell = (width * scale + MARGIN, levels * (height * scale + MARGIN) + LINE + MARGIN)
     columns = min(columns, len(cells))
     page = Image.new("RGB", (columns * cell[0] + MARGIN, -(-len(cells) // columns) * cell[1] + MARGIN), "white")
-    font = ImageFont.load_default(size=14)
     for index, (picture, reference, name) in enumerate(cells):
         left, top = MARGIN + index % columns * cell[0], MARGIN + index // columns * cell[1]
         tiles = [picture] if levels == 1 else [_like(Image.open(reference), picture) if reference else None, picture]
@@ -69,6 +71,7 @@ def sheet(cells: list[tuple[Image.Image, Path | None, str]], columns: int) -> Im
                 shown = tile.resize((tile.width * scale, tile.height * scale), Image.Resampling.NEAREST)
                 page.paste(shown, (left + (cell[0] - MARGIN - shown.width) // 2, top))
             top += height * scale + MARGIN
+        name, font = letter(name, SIZE)
         while font.getlength(name) > cell[0] - MARGIN:
             name = name[:-1]
         middle = left + (cell[0] - MARGIN - font.getlength(name)) // 2

@@ -1,5 +1,9 @@
 """The order of one source, and the batches planned of it, against plain loops that follow its definition."""
 
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+
 import numpy as np
 import pytest
 
@@ -32,8 +36,8 @@ class Plan:
         return planned.epochs, planned.positions
 
 
-def reference(sizes: list[int], seed: int, name: str, lanes: int, window: int, count: int) -> list[tuple[int, int]]:
-    """(epoch, position) of the run's first `count` samples by number, dealt to queues one by one."""
+def reference(sizes: list[int], seed: int, name: str, lanes: int, window: int) -> Iterator[tuple[int, int]]:
+    """(epoch, position) of the run's samples by number, dealt to queues one by one."""
 
     def shuffle(items: list, *key: int | str) -> list:
         raw = np.random.Philox(key=hash64(seed, name, *key)).random_raw(len(items))
@@ -41,17 +45,17 @@ def reference(sizes: list[int], seed: int, name: str, lanes: int, window: int, c
 
     total, number, epoch = sum(sizes), 0, 0
     queues: list[list[tuple[int, int]]] = [[] for _ in range(lanes)]
-    while number < count + total:
+    while True:
         first = np.cumsum([0, *sizes])
         shards = [[(s, int(first[s]) + i) for i in range(size)] for s, size in enumerate(sizes) if size]
         line = [sample for shard in shuffle(shards, "shards", epoch) for sample in shard]
-        shares = [len([q for q in range(number, number + total) if q % lanes == lane]) for lane in range(lanes)]
-        for lane, share in enumerate(shares):
-            part, line = line[:share], line[share:]
+        shares = Counter(q % lanes for q in range(number, number + total))
+        for lane in range(lanes):
+            part, line = line[: shares[lane]], line[shares[lane] :]
             for index, group in enumerate(windows(part, window)):
                 queues[lane] += [(epoch, position) for _, position in shuffle(group, "window", epoch, lane, index)]
+        yield from (queues[q % lanes][q // lanes] for q in range(number, number + total))
         number, epoch = number + total, epoch + 1
-    return [queues[q % lanes][q // lanes] for q in range(count)]
 
 
 def windows(part: list[tuple[int, int]], size: int) -> list[list[tuple[int, int]]]:
@@ -79,7 +83,7 @@ def cases(count: int) -> list[tuple[list[int], int, int, int]]:
 def test_equals_plain_loops(sizes: list[int], batch: int, lanes: int, window: int) -> None:
     plan = Plan(sizes, 3, "set", batch, lanes, window)
     steps = 3 * sum(sizes) // batch + 2
-    expected = reference(sizes, 3, "set", lanes, window, steps * batch)
+    expected = [*islice(reference(sizes, 3, "set", lanes, window), steps * batch)]
     for t in range(steps):
         numbers = np.arange(t * batch, (t + 1) * batch).reshape(-1, lanes).T.ravel()  # lane after lane
         epochs, positions = plan.batch(t)

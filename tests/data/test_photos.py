@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from synthos.data import photos as photographs
 from synthos.data.check import facts
-from synthos.data.photos import SEEN, UNSEEN, color_name, crops, missing, prepare
+from synthos.data.photos import SEEN, SPLITS, UNSEEN, color_name, crops, missing, prepare
 from synthos.data.stream import HeldOut
 from tests.data.make import INPUTS, config
 
@@ -99,15 +100,18 @@ def test_colour_names(rgb: tuple[int, int, int], name: str) -> None:
     assert color_name(np.array(rgb, float)) == name
 
 
-def test_prepared_once_and_always_the_same(photos: Path, tmp_path: Path) -> None:
-    before = (photos / "train" / "manifest.json").stat().st_mtime_ns
-    prepare(photos)
-    assert (photos / "train" / "manifest.json").stat().st_mtime_ns == before
-    prepare(tmp_path / "again")
-    for split in ("train", "region", "photo"):
+def test_prepared_once_and_always_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With fewer crops of each photograph."""
+    monkeypatch.setattr(photographs, "SPLITS", {name: (*split[:2], 8) for name, split in SPLITS.items()})
+    prepare(tmp_path / "one")
+    before = (tmp_path / "one" / "train" / "manifest.json").stat().st_mtime_ns
+    prepare(tmp_path / "one")
+    assert (tmp_path / "one" / "train" / "manifest.json").stat().st_mtime_ns == before
+    prepare(tmp_path / "two")
+    for split in SPLITS:
         name = f"{split}/manifest.json"
-        assert (photos / name).read_text() == (tmp_path / "again" / name).read_text()
-    assert [p.name for p in tmp_path.iterdir()] == ["again"]
+        assert (tmp_path / "one" / name).read_text() == (tmp_path / "two" / name).read_text()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "two"]
 
 
 def test_without_scikit_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,6 +92,11 @@ def test_digests_differ_from_batch_to_batch(folder: Path) -> None:
 
 
 def test_resume_at_every_step(folder: Path) -> None:
+    """The order does not depend on what is read of a sample; captions are read soonest."""
+
+    def stream(folder: Path) -> Stream:
+        return Stream(config(folder), {"text": INPUTS["text"]}, batch_size=BATCH, rank=0, world=1, seed=0)
+
     straight, states = stream(folder), []
     states.append(straight.state_dict())
     batches = []
@@ -245,6 +250,16 @@ def test_a_bad_held_out_sample_is_told_and_another_stands_for_it(
     batch = HeldOut(data, INPUTS).batch(list(range(5)))
     assert len(held_out) == 5 and batch.replaced.sum() == 1 and not any("xyz" in text for text in batch.texts("text"))
     assert '{"source": "set/validation", "shard": "00000.tar", "key": "000000002"}' in caplog.text
+
+
+def test_shards_that_lie_here_need_no_room_in_the_cache(folder: Path, tmp_path: Path) -> None:
+    """A folder that can't be made is not missed, nor is one left where nothing was brought."""
+    (tmp_path / "file").write_text("")
+    for cache in (tmp_path / "file" / "cache", tmp_path / "cache"):
+        one = stream(config(folder, cache=str(cache)))
+        assert one.next().ids.tolist() == stream(folder).next().ids.tolist()
+        one.close()
+    assert not (tmp_path / "cache").exists()
 
 
 def test_order_depends_on_the_seed(folder: Path) -> None:

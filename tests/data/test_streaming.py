@@ -1,21 +1,27 @@
 """Streaming: what it promises, and that it says what it does not."""
 
+import itertools
 import json
 import logging
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from synthos.data import lane
 from synthos.data.check import facts
+from synthos.data.reader import READERS
+from synthos.data.store.files import Storage
 from synthos.data.stream import HeldOut
 from synthos.data.streaming import Streaming
 from synthos.keys import sample_id, signed64
 from synthos.schema import BucketConfig, SourceConfig, StreamingConfig
 from tests.data.faults import Fault as Answer
 from tests.data.faults import serving
-from tests.data.make import INPUTS, config, data_set, pairs, picture, tar
+from tests.data.make import INPUTS, black_png, config, data_set, encoded, noise, pairs, picture, tar
+from tests.data.store.conftest import QUICK
 
 SHARDS, EACH = 8, 3
 SAMPLES = SHARDS * EACH
@@ -139,6 +145,7 @@ def test_another_number_of_ranks_or_readers_does_not_go_on(folder: Path) -> None
     ({"holdout_fraction": 0.1}, r"data\.holdout_fraction: 0\.1 would be ignored, .* without an index; expected 0"),
     ({"buckets": BucketConfig(areas=[4096])}, r"data\.buckets: .* would be ignored.* expected null"),
     ({"lanes": 2}, r"data\.lanes: 2 would be ignored"),
+    ({"window": 4}, r"data\.window: 4 would be ignored, .* expected 16, or data\.streaming=null"),
     ({"tail": "drop"}, r"data\.tail: drop would be ignored, .* expected carry"),
     ({"read": "shards"}, r"data\.read: shards would be ignored"),
     ({"block": 0}, r"data\.streaming\.block: 0 is not allowed; at least 1"),
@@ -148,6 +155,29 @@ def test_another_number_of_ranks_or_readers_does_not_go_on(folder: Path) -> None
 def test_what_needs_an_index_is_refused(folder: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ranks(folder, **changes)
+
+
+def test_too_few_shards_are_told_before_anything_starts(folder: Path, tmp_path: Path) -> None:
+    """Those of validation have no part in it, indexed or not."""
+    (own := tmp_path / "own").mkdir()
+    tar(own / "0.tar", pairs(["a"]))
+    data = config(folder, workers=3, validation=str(own), streaming=StreamingConfig(SAMPLES))
+    assert facts(data, INPUTS, build=False, ranks=2).shards == SHARDS + 1 and not [*own.glob("*.npz")]
+    assert facts(data, INPUTS, build=True, ranks=2).held_out == 1
+    assert [*own.glob("*.npz")] and not [*folder.glob("*.npz")]  # what streams has none
+    with pytest.raises(ValueError, match=r"data\.streaming: 8 shards are too few for 3 ranks of 3 readers.*lower"):
+        facts(data, INPUTS, build=False, ranks=3)
+
+
+def test_readers_tell_what_they_spent_their_time_on(tmp_path: Path) -> None:
+    large = encoded(noise(256, 256), "JPEG")
+    tar(tmp_path / "0.tar", [m for i in range(4) for m in ((f"{i}.jpg", large), (f"{i}.txt", b"x"))])
+    here = ranks(tmp_path)[0].next().seconds
+    with serving({"/0.tar": (tmp_path / "0.tar").read_bytes()}) as server:
+        elsewhere = ranks(server.url("/0.tar"))[0].next().seconds
+    for seconds, idle in ((here, "fetch"), (elsewhere, "read")):
+        assert {name for name, spent in seconds.items() if not spent} == {idle}
+        assert set(seconds) == {*READERS} and min(seconds.values()) == 0
 
 
 def test_shards_of_one_name_elsewhere_are_other_shards(tmp_path: Path) -> None:
@@ -177,23 +207,47 @@ def test_what_can_not_be_used_is_passed_over_and_told(tmp_path: Path) -> None:
     members = [m for m in pairs([f"{i}" for i in range(12)]) if m[0] != "3.txt"]
     members = [(name, data[:40] if name == "5.png" else data) for name, data in members]
     members = [(name, b"x" * 2_000_000 if name == "8.txt" else data) for name, data in members]
+    members = [(name, black_png(8200) if name == "10.png" else data) for name, data in members]
     tar(tmp_path / "0.tar", members)
-    (one,) = ranks(tmp_path, batch=3)
-    batches = [one.next() for _ in range(3)]
+    (one,) = ranks(tmp_path, batch=2)
+    batches = [one.next() for _ in range(5)]  # a pass, and what is met after its last good sample
     faults = {fault.key: fault for batch in batches for fault in batch.faults}
     assert {key: (fault.member, fault.reason) for key, fault in faults.items()} == {
-        "3": ("", "missing"), "5": ("png", "decode"), "8": ("txt", "limits"),
+        "3": ("", "missing"), "5": ("png", "decode"), "8": ("txt", "limits"), "10": ("png", "limits"),
     }  # fmt: skip
     whole = (tmp_path / "0.tar").read_bytes()
     fault = faults["5"]
     assert whole[fault.offset : fault.offset + fault.size] == picture()[:40]
-    assert sorted(t for b in batches for t in b.texts("text")) == sorted(
-        f"caption {i}" for i in (0, 1, 2, 4, 6, 7, 9, 10, 11)
+    assert sorted(t for b in batches[:4] for t in b.texts("text")) == sorted(
+        f"caption {i}" for i in (0, 1, 2, 4, 6, 7, 9, 11)
     )
     one.count(batches[0].faults)
     with pytest.raises(RuntimeError, match="no sample in|samples in a row can't be used"):
         tar(tmp_path / "0.tar", [m for m in members if m[0].endswith("png")])
         ranks(tmp_path, batch=3)[0].next()
+
+
+def test_bad_samples_end_a_run_only_where_no_good_one_lies_between(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lane, "MAX_FAULTS", 2)
+    keys = [f"{i}" for i in range(12)]
+    order = [one["__key__"] for one, _ in itertools.islice(samples_of(tar(tmp_path / "0.tar", pairs(keys))), 12)]
+    for good, met in (("ggbbgbbgbbgb", 7), ("ggbbbggggggg", None)):
+        bad = {key for key, mark in zip(order, good, strict=True) if mark == "b"}
+        tar(tmp_path / "0.tar", [(n, b"" if n.removesuffix(".txt") in bad else data) for n, data in pairs(keys)])
+        (one,) = ranks(tmp_path, batch=6, block=100)
+        if met is None:
+            with pytest.raises(RuntimeError, match="3 samples in a row can't be used: .*has an empty text"):
+                one.next()
+        else:
+            assert len(one.next().faults) == met  # more than two, but never three in a row
+
+
+def samples_of(shard: Path) -> Iterator[Any]:
+    """The samples of one reader's lane, in the order in which it meets them."""
+    (one,) = ranks(shard.parent, block=100)
+    return one._lane._samples(0)
 
 
 def test_damage_is_an_error_when_it_is_met(tmp_path: Path) -> None:
@@ -225,4 +279,6 @@ def test_shards_elsewhere_are_read_through_faults(folder: Path) -> None:
     with serving(files) as server:
         for shard in (*files,):
             server.fail(shard, Answer(503), Answer(keep=100))
-        assert steps(ranks(f"{server.url('/set')}/"), 6) == expected
+        (one,) = ranks(f"{server.url('/set')}/")
+        one._lane.storage = Storage(QUICK)  # which waits as often, but not as long
+        assert steps([one], 6) == expected and sum(r.status == 503 for r in server.log) > 1

@@ -119,7 +119,7 @@ def test_rows_that_cannot_be_written_are_listed(
     assert [Path(line["image"]).name for line in skipped] == ["0.jpg", "6.jpg", "absent.jpg", "0.txt"]
     assert skipped[0]["reason"] == "no caption" and "damaged" in skipped[1]["reason"]
     assert skipped[2]["reason"] == "No such file or directory"
-    assert "1 samples in 1 shards; 4 rows left out" in capsys.readouterr().out
+    assert "1 sample in 1 shard; 4 rows left out" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from synthos.data.index import load_index
 from synthos.data.stream import Stream
 from synthos.keys import sample_id
 from synthos.recipes.i2i import I2I
-from synthos.schema import RunConfig, read_job
+from synthos.schema import RunConfig, StreamingConfig, read_job
 from synthos.strict import write_config
 from synthos.train.distributed import World
 from synthos.train.report import PADDING, SUBSTITUTE, TRACE, Report
@@ -52,7 +52,9 @@ class Life:
         self.state: Any = None  # of the last checkpoint, and its step
         self.step = 0
 
-    def attempt_of(self, ranks: int, stop: int, save: int, late: dict[int, int] | None = None) -> None:
+    def attempt_of(
+        self, ranks: int, stop: int, save: int, late: dict[int, int] | None = None, validation_due: bool = False
+    ) -> None:
         """Go on from the checkpoint to step `stop`, saved at `save`; ranks in `late` end so many steps earlier."""
         self.attempt += 1
         (self.folder / "attempts" / f"{self.attempt:04d}").mkdir(parents=True)
@@ -62,7 +64,7 @@ class Life:
         for stream, report in zip(streams, reports, strict=True):
             if self.state is not None:
                 stream.load_state_dict(self.state)
-            report.start(self.step, 100, validation_due=False)
+            report.start(self.step, 100, validation_due)
         for step in range(self.step + 1, stop + 1):
             batches = [stream.next() for stream in streams]
             for rank, (report, batch) in enumerate(zip(reports, batches, strict=True)):
@@ -81,23 +83,37 @@ class Life:
         return Stream(config.data, I2I.inputs, batch_size=config.batch.size, rank=rank, world=ranks, seed=config.seed)
 
 
-@pytest.fixture
-def make_life(tmp_path: Path) -> Callable[..., Life]:
+@pytest.fixture(scope="module")
+def composed(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """A run on 23 samples, eight at a time."""
+    home = tmp_path_factory.mktemp("audit")
+    data = data_set(home / "shards", 23, shard_size=5)
+    return compose(
+        [
+            *("recipe=i2i", "model=tiny", "cluster=debug", "batch.size=8", "batch.micro=2", "wandb.mode=off"),
+            *(f"data.shards={data}", "data.name=set", "data.holdout_fraction=0", "data.workers=0", "data.width=16"),
+            *("data.height=16", "data.window=2", f"runs_dir={home}", f"cache_dir={home / 'cache'}"),
+        ]
+    ).config
 
-    def make(*overrides: str) -> Life:
-        data = data_set(tmp_path / "shards", 23, shard_size=5)
-        config = compose(
-            [
-                *("recipe=i2i", "model=tiny", "cluster=debug", "batch.size=8", "batch.micro=2", "wandb.mode=off"),
-                *(f"data.shards={data}", "data.name=set", "data.holdout_fraction=0", "data.workers=0", "data.width=16"),
-                *("data.height=16", "data.window=2", f"runs_dir={tmp_path}", f"cache_dir={tmp_path / 'cache'}"),
-                *overrides,
-            ]
-        ).config
-        return Life(tmp_path / "run", config)
+
+@pytest.fixture
+def make_life(tmp_path: Path, composed: RunConfig) -> Callable[..., Life]:
+    """One of its own, with shards of its own."""
+
+    def make(**changes: Any) -> Life:
+        shards = shutil.copytree(str(composed.data.shards), tmp_path / "shards")
+        return Life(tmp_path / "run", replace(composed, data=replace(composed.data, shards=str(shards), **changes)))
 
     return make
+
+
+@pytest.fixture(scope="module")
+def four_steps(composed: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that is to be copied before anything is done to it."""
+    life = Life(tmp_path_factory.mktemp("life") / "run", composed)
+    life.attempt_of(1, stop=4, save=4)
+    return life.folder
 
 
 def rewrite(folder: Path, rank: int, change: Callable[[Any], Any]) -> None:
@@ -169,12 +185,11 @@ def changed(field: str, value: int) -> Callable[[Any], Any]:
         (swap_ids, (2, 0, 2)),
     ],
 )
-def test_damage(make_life: Callable[..., Life], audit: Audit, damage: Any, expected: tuple[int, int, int]) -> None:
-    life = make_life()
-    life.attempt_of(1, stop=4, save=4)
-    assert audit(life.folder)[0] == 0
-    rewrite(life.folder, 0, damage)
-    code, said = audit(life.folder)
+def test_damage(four_steps: Path, tmp_path: Path, audit: Audit, damage: Any, expected: tuple[int, int, int]) -> None:
+    folder = shutil.copytree(four_steps, tmp_path / "run")
+    assert audit(folder)[0] == 0
+    rewrite(folder, 0, damage)
+    code, said = audit(folder)
     assert code == 1 and counts(said) == expected and not said["clean"]
     assert all(sample_id("set", w["shard"], w["key"]) == w["id"] for w in said["wrong"] if w["id"] != 12345)
     assert all(not w["key"] for w in said["wrong"] if w["id"] == 12345)
@@ -228,7 +243,7 @@ def test_a_kill_before_a_bad_sample_was_written_down(spoilt: Life, audit: Audit)
 
 
 def test_padding(make_life: Callable[..., Life], audit: Audit) -> None:
-    life = make_life("data.tail=pad")
+    life = make_life(tail="pad")
     life.attempt_of(2, stop=6, save=6)
     code, said = audit(life.folder)
     assert code == 0 and (said["samples"], said["padding"]) == (46, 2)
@@ -240,10 +255,8 @@ def test_padding(make_life: Callable[..., Life], audit: Audit) -> None:
     assert counts(audit(life.folder)[1]) == (1, 0, 0)
 
 
-@pytest.fixture
-def spoilt(make_life: Callable[..., Life]) -> Iterator[Life]:
-    """A run that met two bad samples, in two epochs each."""
-    life = make_life("data.max_bad_fraction=0.5")
+def spoil(life: Life) -> None:
+    """Damage two samples."""
     shards = Path(str(life.config.data.shards))
     for name, row, extension in (("00001.tar", 2, "png"), ("00003.tar", 0, "txt")):
         index = load_index(shards / name.replace(".tar", ".idx.npz"))
@@ -251,8 +264,35 @@ def spoilt(make_life: Callable[..., Life]) -> Iterator[Life]:
         with (shards / name).open("r+b") as file:
             file.seek(member.offset + member.size - 4)
             file.write(b"\xff\xff\xff")
+
+
+@pytest.fixture
+def spoilt(make_life: Callable[..., Life]) -> Life:
+    """A run that met two bad samples, in two epochs each."""
+    life = make_life(max_bad_fraction=0.5)
+    spoil(life)
     life.attempt_of(2, stop=6, save=6)
-    yield life
+    return life
+
+
+def test_a_bad_sample_met_again_after_a_kill_is_written_down_once(make_life: Callable[..., Life], audit: Audit) -> None:
+    """Validation, which is made up at the restored step, takes no line of that step away."""
+    life = make_life(max_bad_fraction=0.5)
+    spoil(life)
+    path = life.folder / "data" / "quarantine.jsonl"
+    life.attempt_of(2, stop=5, save=2)
+    before = [json.loads(line) for line in path.read_text().splitlines()]
+    assert {line["step"] <= 2 for line in before} == {True, False}  # some come again
+    with path.open("a") as file:
+        file.write(json.dumps({**before[0], "step": 2, "error": 'of "val/a"', "source": "val/a"}) + "\n")
+        file.write('{"step": 5, "rank"')  # a kill has cut it
+    life.attempt_of(2, stop=6, save=6, validation_due=True)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    (other,) = [line for line in lines if line["source"] == "val/a"]
+    lines.remove(other)
+    assert lines[: len(before)] == before and len(lines) == 4
+    assert len({(line["step"], line["shard"], line["key"]) for line in lines}) == 4
+    assert audit(life.folder)[1]["substituted"] == 4
 
 
 def test_bad_samples_are_accounted_for(spoilt: Life, audit: Audit) -> None:
@@ -318,6 +358,14 @@ def test_another_seed_than_it_was_trained_with(make_life: Callable[..., Life], a
     write_config(replace(config, seed=7), life.folder / "config.yaml")
     code, said = audit(life.folder)
     assert code == 1 and said["other_order"] == [1, 2, 3] and said["lost"] > 0
+
+
+def test_a_run_without_an_index_has_nothing_to_be_held_against(
+    make_life: Callable[..., Life], capsys: pytest.CaptureFixture[str]
+) -> None:
+    life = make_life(streaming=StreamingConfig(23), window=16)
+    assert main(["data", "audit", str(life.folder)]) == 2
+    assert capsys.readouterr().err.endswith("run: a run with data.streaming has no plan to hold its traces against\n")
 
 
 def test_nothing_traced_yet(make_life: Callable[..., Life], audit: Audit) -> None:

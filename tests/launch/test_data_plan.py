@@ -164,7 +164,7 @@ def test_on_the_screen(overrides: Callable[..., list[str]], capsys: pytest.Captu
     assert main(["data", "plan", *overrides("nodes=2", "data.tail=drop")]) == 0
     said = capsys.readouterr().out
     assert "An epoch" in said and "64 x 64" in said and "10 steps = 1.9 epochs" in said
-    assert "note: data.tail=drop leaves out 1 samples of each epoch" in said
+    assert "note: data.tail=drop leaves 1 of 21 samples out of each epoch" in said
 
 
 def test_help_and_what_is_asked_wrongly(
@@ -176,6 +176,9 @@ def test_help_and_what_is_asked_wrongly(
     assert "no such folder" in capsys.readouterr().err
     assert main(["data", "plan", *overrides("batch.size=7"), "nodes=2"]) == 2
     assert "batch" in capsys.readouterr().err
+    streamed = overrides("data.streaming={samples_per_epoch: 21}")
+    assert main(["data", "plan", *streamed]) == 2
+    assert "data.streaming: what is read without an index can't be planned" in capsys.readouterr().err
     (shards / "00001.tar").write_bytes((shards / "00001.tar").read_bytes()[:3000])
     (shards / "00001.idx.npz").unlink()
     assert main(["data", "plan", *overrides(), "--json"]) == 2

@@ -38,6 +38,14 @@ def test_it_shows_the_arithmetic() -> None:
     assert shown["run folder"] == "/runs/i2i/i2i-1a2b3c4d" and shown["holds"] == "nothing yet"
 
 
+def test_a_mixture_is_called_by_its_sources_and_one_is_no_plural() -> None:
+    mix = "data.mix={coco: {shards: /a}, art: {shards: /b}}"
+    survey = Survey(DataFacts(1, 1, 1, "f", []), [], [])
+    shown = lines(plan("data=webdataset", mix, survey=survey))
+    assert shown["recipe"] == "i2i, model tiny, data a mixture of coco, art"
+    assert shown["data"] == "1 sample to train on and 1 held out, in 1 shard"
+
+
 def test_what_only_an_index_tells_is_unknown() -> None:
     survey = Survey(DataFacts(), ["data.shards: no such shard: a.tar", "model.parts.vae: b"], ["data: will be written"])
     made = plan("optim={steps: null, epochs: 2}", folder=None, survey=survey, last_step=None)
@@ -55,8 +63,8 @@ def test_it_shows_what_the_folder_holds() -> None:
     stopped = RunState(True, 2, 40, {"status": "stopped"}, None)
     done = RunState(True, 1, 100, {"status": "done"}, Path("/runs/x/weights/step_00000100"))
     assert lines(plan(state=stopped))["holds"] == "2 attempts, checkpoint of step 40, stopped"
-    assert describe_state(done) == "1 attempts, checkpoint of step 100, done, weights step_00000100"
-    assert describe_state(RunState(True, 1, None, {}, None)) == "1 attempts, no checkpoint, no verdict"
+    assert describe_state(done) == "1 attempt, checkpoint of step 100, done, weights step_00000100"
+    assert describe_state(RunState(True, 1, None, {}, None)) == "1 attempt, no checkpoint, no verdict"
 
 
 def test_it_says_what_a_run_starts_from() -> None:

@@ -45,6 +45,14 @@ def test_only_a_real_submission_indexes(shards: Path, tmp_path: Path) -> None:
     assert look(tmp_path, override, dry_run=True) == real
 
 
+def test_a_run_that_streams_has_a_shard_for_each_reader(shards: Path, tmp_path: Path) -> None:
+    streamed = ("data.streaming={samples_per_epoch: 24}", f"data.shards={shards}", "data.holdout_fraction=0")
+    for dry_run in (True, False):
+        assert look(tmp_path, *streamed, "data.workers=2", dry_run=dry_run).data.samples == 24
+        with pytest.raises(ValueError, match="2 shards are too few for 2 ranks of 2 readers"):
+            look(tmp_path, *streamed, "data.workers=2", "gpus_per_node=2", dry_run=dry_run)
+
+
 def test_no_work_for_a_run_that_cannot_start(shards: Path, tmp_path: Path) -> None:
     override = unindexed(shards, tmp_path)
     before = tree(tmp_path)

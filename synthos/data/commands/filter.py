@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from synthos.data.commands.index import index_first
 from synthos.data.commands.reshard import add_shard_size, describe
-from synthos.data.commands.screen import new_parser, print_json, print_table, shown, spec_of
+from synthos.data.commands.screen import counted, new_parser, print_json, print_table, shown, spec_of
 from synthos.data.commands.stats import add_extensions, print_distribution
 from synthos.data.index import ShardIndex, open_index
 from synthos.data.rewrite import Picked, rewrite
@@ -57,7 +58,7 @@ class Sieve:
         return index, faults
 
     def as_json(self) -> dict[str, Any]:
-        tables = {name: {str(side): count for side, count in found.distribution().items()}
+        tables = {name: {str(side): count for side, count in found.distribution(self.args.min_side).items()}
                   for name, found in (("before", self.before), ("after", self.after))}  # fmt: skip
         counts = {"samples": self.before.samples, "kept": self.after.samples}
         return {**counts, "left_out": dict(self.reasons.most_common()), "at_least": tables}
@@ -69,11 +70,12 @@ def main(argv: list[str]) -> int:
     _check(args)
     sieve = Sieve(args, Storage())
     places = list_shards(spec_of(args.shards), "SHARDS", sieve.storage)
+    index_first(places, sieve.storage, args.json)
     steps = shown(places, "filtering", len(places), args.json)
     if args.list is not None:
         _write_list(args.list, sieve.lines(steps, args.name))
         told: dict[str, Any] = {"list": str(args.list)}
-        said = f"{args.list}: {sieve.reasons.total():,} samples to leave out by data.known_bad"
+        said = f"{args.list}: {counted(sieve.reasons.total(), 'sample')} to leave out by data.known_bad"
     else:
         written = rewrite(args.out, sieve.picked(steps), args.shard_size, sieve.storage)
         told = {"out": str(args.out), "written": dataclasses.asdict(written)}
@@ -81,7 +83,7 @@ def main(argv: list[str]) -> int:
     if args.json:
         print_json({**sieve.as_json(), **told})
         return 0
-    print_distribution({"before": sieve.before, "after": sieve.after})
+    print_distribution({"before": sieve.before, "after": sieve.after}, args.min_side)
     if sieve.reasons:
         print_table("Left out", ["reason", "samples"], sieve.reasons.most_common())
     print(said)

@@ -5,8 +5,17 @@ import os
 from pathlib import Path
 from typing import Any
 
-from synthos.data.commands.screen import add_workers, megabytes, new_parser, print_json, print_list, shown, spec_of
-from synthos.data.indexing import Indexed, index_shards, settle_manifest
+from synthos.data.commands.screen import (
+    add_workers,
+    counted,
+    megabytes,
+    new_parser,
+    print_json,
+    print_list,
+    shown,
+    spec_of,
+)
+from synthos.data.indexing import Indexed, index_shards, processes_for, settle_manifest, unindexed
 from synthos.data.manifest import fingerprint, read_manifest
 from synthos.data.shards import ShardPlace, list_shards
 from synthos.data.store.files import Storage
@@ -28,8 +37,8 @@ def main(argv: list[str]) -> int:
     if args.json:
         print_json(summary)
         return int(faulty)
-    print(f"{summary['samples']:,} samples in {summary['shards']} shards, {megabytes(summary['bytes'])}; "
-          f"{summary['built']} indexes built, {summary['kept']} were there")  # fmt: skip
+    held = f"{counted(summary['samples'], 'sample')} in {counted(summary['shards'], 'shard')}"
+    print(f"{held}, {megabytes(summary['bytes'])}; indexes: {summary['built']:,} built, {summary['kept']:,} were there")
     if damaged:
         print_list("Damaged shards", ["shard", "what"], [(d["shard"], d["error"]) for d in summary["damaged"]])
     if summary["note"]:
@@ -37,6 +46,13 @@ def main(argv: list[str]) -> int:
     if summary["fingerprint"]:
         print(f"{summary['manifest'] or 'no manifest'}, fingerprint {summary['fingerprint']}")
     return int(faulty)
+
+
+def index_first(places: list[ShardPlace], storage: Storage, quiet: bool) -> None:
+    """Build the indexes that shards lack, several at a time; a damaged shard is named when it is opened."""
+    if absent := unindexed(places):
+        for _ in shown(index_shards(absent, None, processes_for(absent), storage), "indexing", len(absent), quiet):
+            pass
 
 
 def parser() -> argparse.ArgumentParser:

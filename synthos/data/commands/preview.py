@@ -4,7 +4,8 @@ import argparse
 from functools import lru_cache
 from pathlib import Path
 
-from synthos.data.commands.screen import new_parser, positive, print_json, shown, spec_of
+from synthos.data.commands.index import index_first
+from synthos.data.commands.screen import counted, new_parser, positive, print_json, shown, spec_of
 from synthos.data.commands.stats import add_extensions
 from synthos.data.index import ShardIndex, open_index
 from synthos.data.preview import draw_rows, draw_sheet, read_shown
@@ -19,6 +20,7 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"--out: {args.out} is no picture file; expected a name that ends in .png")
     storage = Storage()
     places = list_shards(spec_of(args.shards), "SHARDS", storage)
+    index_first([place for place in places if place.line is None], storage, args.json)
 
     @lru_cache(maxsize=2)  # samples are drawn shard after shard
     def index(shard: int) -> ShardIndex:
@@ -38,7 +40,8 @@ def main(argv: list[str]) -> int:
         samples = [{"shard": c.shard, "key": c.key, "caption": c.caption, "error": c.error or None} for c in cells]
         print_json({"out": str(args.out), "of": sum(sizes), "unreadable": unreadable, "samples": samples})
     else:
-        print(f"{args.out}: {len(cells)} of {sum(sizes):,} samples{f', {unreadable} unreadable' if unreadable else ''}")
+        unread = f", {unreadable} unreadable" if unreadable else ""
+        print(f"{args.out}: {len(cells)} of {counted(sum(sizes), 'sample')}{unread}")
     return 0
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from synthos.data.commands.screen import megabytes, new_parser, positive, print_json, shown, spec_of
+from synthos.data.commands.index import index_first
+from synthos.data.commands.screen import counted, megabytes, new_parser, positive, print_json, shown, spec_of
 from synthos.data.index import open_index
 from synthos.data.rewrite import Picked, Rewritten, rewrite
 from synthos.data.shards import ShardPlace, list_shards
@@ -22,12 +23,13 @@ def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     storage = Storage()
     places = list_shards(spec_of(args.shards), "SHARDS", storage)
+    index_first(places, storage, args.json)
     picked = _all(shown(places, "resharding", len(places), args.json), storage)
     written = rewrite(args.out, picked, args.shard_size, storage)
     if args.json:
         print_json({"out": str(args.out), **dataclasses.asdict(written), "shards_before": len(places)})
         return 0
-    print(f"{len(places)} shards became {describe(args.out, written)}")
+    print(f"{counted(len(places), 'shard')} became {describe(args.out, written)}")
     return 0
 
 
@@ -44,10 +46,11 @@ def add_shard_size(made: argparse.ArgumentParser) -> None:
 
 def describe(out: Path, written: Rewritten) -> str:
     """What was written where, in words."""
-    lines = [f"{out}: {written.samples:,} samples in {written.shards} shards, {megabytes(written.bytes)}"]
+    held = f"{counted(written.samples, 'sample')} in {counted(written.shards, 'shard')}"
+    lines = [f"{out}: {held}, {megabytes(written.bytes)}"]
     if written.renamed:
         lines.append(
-            f"{written.renamed:,} keys met an equal one in their new shard, and begin with their old shard's name"
+            f"keys that met an equal one in their new shard, and begin with their old shard's name: {written.renamed:,}"
         )
     return "\n".join([*lines, f"fingerprint {written.fingerprint}", NEW_IDS])
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from synthos.data.indexing import usable_cores
+from synthos.data.processes import usable_cores
 
 Thing = TypeVar("Thing")
 SHOWN = 20  # lines of a list of faults on the screen; --json has all
@@ -46,6 +46,11 @@ def spec_of(shards: list[str]) -> str | list[str]:
 def shown(things: Iterable[Thing], what: str, total: int, quiet: bool) -> Iterator[Thing]:
     """The same things, with an estimate of the time left on stderr unless `quiet`."""
     yield from track(things, what, total, console=Console(stderr=True), disable=quiet)
+
+
+def counted(count: int, thing: str) -> str:
+    """How many there are of something, in words: 1 shard, 2,000 shards."""
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
 
 
 def print_json(content: dict[str, Any]) -> None:

@@ -3,7 +3,8 @@
 import argparse
 from typing import Any
 
-from synthos.data.commands.screen import megabytes, new_parser, print_json, print_table, shown, spec_of
+from synthos.data.commands.index import index_first
+from synthos.data.commands.screen import counted, megabytes, new_parser, print_json, print_table, shown, spec_of
 from synthos.data.index import open_index
 from synthos.data.shards import list_shards
 from synthos.data.stats import CAPTIONS, PICTURES, Statistics, facts_of
@@ -17,6 +18,7 @@ def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     storage, found = Storage(), Statistics()
     places = list_shards(spec_of(args.shards), "SHARDS", storage)
+    index_first(places, storage, args.json)
     for place in shown(places, "reading indexes", len(places), args.json):
         index = open_index(place, storage)
         found.add(index, facts_of(index, args.image, args.caption))
@@ -24,8 +26,8 @@ def main(argv: list[str]) -> int:
     if args.json:
         print_json(told)
         return 0
-    print(f"{found.samples:,} samples in {found.shards} shards, {megabytes(found.bytes)}; {told['doubles']:,} pictures "
-          "are doubles of earlier ones")  # fmt: skip
+    print(f"{counted(found.samples, 'sample')} in {counted(found.shards, 'shard')}, {megabytes(found.bytes)}; "
+          f"pictures that are doubles of earlier ones: {told['doubles']:,}")  # fmt: skip
     print(f"without a readable picture {told['without_picture']:,}, without a caption {told['without_caption']:,}")
     print_table("Members", ["extension", "samples"], [*told["extensions"].items()])
     spreads = {name: told[name] for name in ("shorter_side", "width", "height", "caption") if told[name]}
@@ -36,11 +38,11 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def print_distribution(columns: dict[str, Statistics]) -> None:
-    """Samples by the least length of their shorter side, of several sets side by side."""
+def print_distribution(columns: dict[str, Statistics], also: int = 0) -> None:
+    """Samples by the least length of their shorter side, of several sets side by side; `also`: of this length too."""
     rows: Cells = [("all", *(cell for found in columns.values() for cell in _cells(found.samples, found.samples)))]
-    for side in next(iter(columns.values())).distribution():
-        cells = [cell for found in columns.values() for cell in _cells(found.distribution()[side], found.samples)]
+    for side in next(iter(columns.values())).distribution(also):
+        cells = [cell for found in columns.values() for cell in _cells(found.sides.at_least(side), found.samples)]
         rows.append((f">= {side}", *cells))
     print_table("Shorter side", ["pixels", *(head for name in columns for head in (name, "share"))], rows)
 

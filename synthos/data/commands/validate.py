@@ -4,7 +4,16 @@ import argparse
 import dataclasses
 from collections import Counter
 
-from synthos.data.commands.screen import add_workers, megabytes, new_parser, print_json, print_list, shown, spec_of
+from synthos.data.commands.screen import (
+    add_workers,
+    counted,
+    megabytes,
+    new_parser,
+    print_json,
+    print_list,
+    shown,
+    spec_of,
+)
 from synthos.data.indexing import over_shards
 from synthos.data.shards import list_shards
 from synthos.data.store.files import Storage
@@ -28,10 +37,12 @@ def main(argv: list[str]) -> int:
         reasons = Counter(trouble.reason for trouble in troubles)
         print_json({**totals, "reasons": reasons, "troubles": [dataclasses.asdict(trouble) for trouble in troubles]})
         return int(bool(troubles))
-    print(f"{totals['samples']:,} samples in {totals['shards']} shards, {megabytes(totals['bytes'])} read: "
-          f"{len(troubles) or 'no'} fault{'s' * (len(troubles) != 1)}")  # fmt: skip
+    print(
+        f"{counted(totals['samples'], 'sample')} in {counted(len(places), 'shard')}, "
+        f"{megabytes(totals['bytes'])} read: {counted(len(troubles), 'fault') if troubles else 'no faults'}"
+    )
     if unindexed:
-        print(f"{unindexed} shards have no index that they could be compared with")
+        print(f"without an index to be compared with: {counted(unindexed, 'shard')}")
     if troubles:
         columns = ["shard", "key", "member", "reason", "what"]
         print_list("Faults", columns, [dataclasses.astuple(trouble) for trouble in troubles])

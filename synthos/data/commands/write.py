@@ -13,6 +13,7 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import track
 
+from synthos.data.commands.screen import counted
 from synthos.data.rows import (
     CAPTIONS,
     IMAGES,
@@ -135,14 +136,14 @@ def _summary(args: argparse.Namespace, written: Written, notes: Notes) -> str:
     if args.json:
         told = {"sources_left_out": dict(notes.sources.most_common()), "masks_rounded": notes.masks[ROUNDED]}
         return json.dumps({"out": str(args.out), **dataclasses.asdict(written), **told})
-    lines = [f"{args.out}: {written.samples:,} samples in {written.shards} shards"]
+    lines = [f"{args.out}: {counted(written.samples, 'sample')} in {counted(written.shards, 'shard')}"]
     if written.skipped:
-        lines[0] += f"; {written.skipped:,} rows left out, see {args.out / SKIPPED}"
+        lines[0] += f"; {counted(written.skipped, 'row')} left out, see {args.out / SKIPPED}"
         lines += [f"  {count:,}: {reason}" for reason, count in written.reasons.items()]
     if notes.sources:
-        lines.append(f"{notes.sources.total():,} rows of other sources: {_counts(notes.sources)}")
+        lines.append(f"{counted(notes.sources.total(), 'row')} of other sources: {_counts(notes.sources)}")
     if notes.masks[ROUNDED]:
-        lines.append(f"{notes.masks[ROUNDED]:,} masks held greys, which became black or white at half")
+        lines.append(f"{counted(notes.masks[ROUNDED], 'mask')} held greys, which became black or white at half")
     return "\n".join([*lines, f"fingerprint {written.fingerprint}"])
 
 

@@ -77,20 +77,20 @@ def join(folder: str, name: str) -> str:
     """`name` in the folder; the query of an http address stays at the end."""
     if not is_remote(folder):
         return os.path.join(folder, name)
-    path, query = _split(folder)
+    path, query = split_query(folder)
     return f"{path.rstrip('/')}/{name}{query}"
 
 
 def file_name(url: str) -> str:
     """What follows the last slash, without a query."""
-    return _split(url)[0].rpartition("/")[2]
+    return split_query(url)[0].rpartition("/")[2]
 
 
 def parent(url: str) -> str:
     """The folder that a file lies in; the query of an http address stays at the end."""
     if not is_remote(url):
         return os.path.dirname(url) or "."
-    path, query = _split(url)
+    path, query = split_query(url)
     host = path.index("://") + 3
     cut = path.rfind("/", host)
     return (path[:cut] if cut > 0 else path) + query
@@ -121,7 +121,7 @@ _LOGGERS = (
 )  # fmt: skip
 
 
-def _split(url: str) -> tuple[str, str]:
+def split_query(url: str) -> tuple[str, str]:
     """A name and its query, which only http has: elsewhere a question mark is part of a name or of a pattern."""
     if scheme_of(url) not in ("http", "https"):
         return url, ""

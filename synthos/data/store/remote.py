@@ -10,6 +10,7 @@ from typing import Any
 
 from synthos.data.store.local import FileFacts, Span
 from synthos.data.store.location import mask_loggers
+from synthos.data.store.redirects import watched
 from synthos.data.store.retry import RetryPolicy, StorageError
 
 CONNECTIONS = 8  # of one process to one store at a time
@@ -51,7 +52,8 @@ def _options(scheme: str, policy: RetryPolicy) -> dict[str, Any]:
     timeout = ClientTimeout(total=None, sock_connect=30, sock_read=policy.stall_seconds)
     headers = {"Accept-Encoding": "identity", **given.get("headers", {})}
     # trust_env: proxies, and the names and passwords of ~/.netrc
-    return {"client_kwargs": {"timeout": timeout, "trust_env": True, **given, "headers": headers}}
+    ours = {"timeout": timeout, "trust_env": True, "trace_configs": [watched()]}
+    return {"client_kwargs": {**ours, **given, "headers": headers}}
 
 
 def ask(system: Any, method: str, *args: Any, until: float, **kwargs: Any) -> Any:

@@ -12,7 +12,10 @@ import pytest
 from PIL import Image
 
 from launch.cli import main
+from synthos.data import indexing
 from synthos.data.preview import CELL, GAP, TEXT, draw_rows
+from synthos.data.processes import usable_cores
+from synthos.data.shards import list_shards
 from synthos.data.stats import Counts
 from synthos.data.stream import Stream
 from synthos.data.write import Row, write_shards
@@ -115,6 +118,39 @@ def test_filter_keeps_what_is_within_limits(
     assert said["at_least"]["after"]["480"] == sum(min(SIZES[number]) >= 480 for number in kept)
     assert said["at_least"]["before"]["480"] == 5
     assert command("validate", tmp_path / "out", "--require", "image,text", "--decode", "--workers", 1)[0] == 0
+
+
+def test_the_limit_that_is_asked_for_is_a_row_of_the_table(
+    folder: Path, tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = command("filter", folder, "--out", tmp_path / "out", "--min-side", 500)[1]["at_least"]
+    assert told["before"] == {"256": 6, "480": 5, "500": 3, "512": 3, "720": 1}
+    assert told["after"] == {"256": 3, "480": 3, "500": 3, "512": 3, "720": 1}
+    assert main(["data", "filter", str(folder), "--list", str(tmp_path / "l"), "--name", "x", "--min-side", "500"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip().startswith(">=")]
+    assert [row[1] for row in rows] == ["256", "480", "500", "512", "720"] and rows[2][2:] == [
+        "3",
+        "37.5%",
+        "3",
+        "100.0%",
+    ]
+
+
+@pytest.mark.parametrize("alone", [indexing.ALONE_BYTES, 0])
+def test_shards_without_an_index_are_indexed_first_and_together(
+    folder: Path, command: Command, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, alone: int
+) -> None:
+    """By processes of their own where they hold much."""
+    _, expected = command("stats", folder)
+    monkeypatch.setattr(indexing, "ALONE_BYTES", alone)
+    assert indexing.processes_for(list_shards(str(folder))) == (1 if alone else usable_cores())
+    for path in (*folder.glob("*.npz"), folder / "manifest.json"):
+        path.unlink()
+    assert main(["data", "stats", str(folder)]) == 0
+    said = capsys.readouterr().err
+    assert "indexing" in said and len([*folder.glob("*.npz")]) == 3
+    assert main(["data", "stats", str(folder)]) == 0
+    assert "indexing" not in capsys.readouterr().err and command("stats", folder)[1] == expected
 
 
 def test_filter_is_reproducible_and_overwrites_nothing(

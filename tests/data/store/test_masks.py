@@ -24,7 +24,7 @@ def said(caplog: pytest.LogCaptureFixture, raised: list[BaseException]) -> str:
 def test_a_signed_address_is_never_shown(fault: Fault, server: FaultServer, caplog: pytest.LogCaptureFixture) -> None:
     plain = server.url(PATH)
     url = plain.replace("://", "://me:plantedpassword@") + "?X-Amz-Signature=plantedsignature&token=plantedtoken"
-    storage = Storage(RetryPolicy(tries=2, base_seconds=0.001, deadline_seconds=3.0))
+    storage = Storage(RetryPolicy(tries=2, base_seconds=0.001, deadline_seconds=1.5))
     raised: list[BaseException] = []
     with caplog.at_level(logging.DEBUG):
         facts = storage.facts(url)

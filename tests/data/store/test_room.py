@@ -1,5 +1,6 @@
 """What stays in the cache and what goes, a full disk, and what is brought ahead of use."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from synthos.data.store import cache as cache_module
 from synthos.data.store.cache import NoRoom, ShardCache
 from synthos.data.store.files import Storage
 from synthos.data.store.retry import MissingFile, StorageError
@@ -117,6 +119,49 @@ def test_a_full_disk_makes_room_and_then_ends_in_a_message(
         assert storage.read_spans(url, [(1_999_999, 1)]) == [server.files["/2.tar"][-1:]]  # in its place
         with pytest.raises(NoRoom, match=r"No space left on device; 2000000 bytes"):
             storage.download(url, small_disk / "x", storage.facts(url))
+
+
+def test_only_a_full_disk_or_quota_makes_shards_give_way(
+    five: FaultServer, make_cache: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that fails otherwise has room: deleting what is cached would not mend it."""
+    cache = make_cache()
+    bring(cache, five, 0, 1, 2)
+    failing, take = [errno.EIO], os.posix_fallocate
+
+    def fallocate(descriptor: int, offset: int, size: int) -> None:
+        if failing:
+            raise OSError(failing[0], os.strerror(failing.pop()))
+        take(descriptor, offset, size)
+
+    monkeypatch.setattr(os, "posix_fallocate", fallocate)
+    with pytest.raises(StorageError, match="Input/output error; 100000 bytes are needed") as caught:
+        bring(cache, five, 3)
+    assert not isinstance(caught.value, NoRoom) and kept(cache) == [0, 1, 2] and parts(cache) == []
+    failing += [errno.ENOSPC, errno.EDQUOT]
+    bring(cache, five, 3)
+    assert kept(cache) == [2, 3]
+
+
+@pytest.mark.parametrize("checked", [False, True])
+def test_what_gives_way_while_it_is_checked_is_brought_again(
+    checked: bool, server: FaultServer, storage: Storage, make_cache: Make, content: bytes,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Another process makes room, before its checksum is known or after."""
+    cache, url, measure = make_cache(), server.url(PATH), cache_module._checksum
+    unchecked = cache.path(url, storage.facts(url))
+
+    def give_way(path: Path) -> int:
+        if path != unchecked:
+            return measure(path)
+        found = measure(path) if checked else 0
+        path.unlink()
+        return found if checked else measure(path)
+
+    monkeypatch.setattr(cache_module, "_checksum", give_way)
+    assert cache.path(url, storage.facts(url), zlib.crc32(content)).read_bytes() == content
+    assert len(server.asked(PATH)) == 2 and shards(cache) == [content]
 
 
 def test_what_was_brought_ahead_is_used(
