@@ -18,7 +18,8 @@ from synthos.recipes.base import Encoded, Loss
 from synthos.schema import RunConfig
 from synthos.train.checkpoint import Checkpoints
 from synthos.train.distributed import World, whole
-from synthos.train.loop import Job, Meter, update
+from synthos.train.loop import Job, update
+from synthos.train.meter import Meter
 from synthos.train.report import PADDING, SUBSTITUTE, TRACE, USUAL, Report
 from synthos.train.stop import Stop
 from synthos.train.validate import Validator, encode_all
