@@ -104,9 +104,11 @@ def find_damage(folder: Path) -> str:
     except ValueError as error:
         return str(error)
     for name, (size, _) in facts.items():
-        if not (folder / name).is_file():
+        try:
+            found = (folder / name).stat().st_size
+        except (OSError, ValueError):  # no file has such a name
             return f"{name} is missing"
-        if (found := (folder / name).stat().st_size) != size:
+        if found != size:
             return f"{name} has {found} bytes instead of {size}"
     return ""
 
@@ -140,6 +142,7 @@ def read_manifest(folder: Path) -> Facts:
 def write_counters(folder: Path, counters: dict[str, Any]) -> None:
     """Write the state besides tensors; readers see the old file or the new."""
     part = folder / f".{STATE}.part"
+    counters = json.loads(json.dumps(counters))  # as they will be read: all keys are text
     _write(part, json.dumps({**counters, "crc32": _crc(counters)}))
     part.replace(folder / STATE)
 

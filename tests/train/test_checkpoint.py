@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.futures import Future
 
 from synthos.train.checkpoint import Checkpoints
-from synthos.train.checkpoint_files import Writer, is_whole
+from synthos.train.checkpoint_files import Writer, is_whole, read_counters, write_counters
 from synthos.train.distributed import World
 from tests.support import world_of_one
 from tests.train.small import advance, assert_equal, ended, new, read, save, slow_writer, small_state, wait_until
@@ -289,6 +289,11 @@ def test_a_full_disk_keeps_the_old_and_training_goes_on(world: World, small_disk
     for _ in range(3):
         advance(other)
     assert_equal(save(checkpoints, state), save(new(folder / "straight", world), other))
+
+
+def test_counters_are_read_as_json_has_them(tmp_path: Path) -> None:
+    write_counters(tmp_path, {"train": {"loss": float("inf")}, "stream": {2: (0.1, None), 10: "a"}})
+    assert read_counters(tmp_path) == {"train": {"loss": float("inf")}, "stream": {"2": [0.1, None], "10": "a"}}
 
 
 def test_a_save_that_is_there_already_is_not_repeated(world: World, tmp_path: Path) -> None:
