@@ -20,7 +20,7 @@ from synthos.recipes.base import file_fields
 from synthos.run import read_verdict
 from synthos.schema import GenerateConfig, JobConfig, RunConfig
 from synthos.strict import write_config
-from synthos.train.checkpoint import is_whole
+from synthos.train.checkpoint_files import is_whole
 
 STEP = re.compile(r"step_(\d+)")
 

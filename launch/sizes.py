@@ -16,6 +16,7 @@ from synthos.train.memory import (
     count,
     export_bytes,
     readable,
+    staged_bytes,
 )
 
 
@@ -38,6 +39,7 @@ def counted_rows(config: RunConfig, sizes: Sizes) -> dict[str, str]:
         "layout": f"mesh {layout.mesh}, encoders {layout.encoders}: {_reason(layout, memory)}",
         "memory": _memory(layout.memory),
         "on disk": f"{checkpoint} a checkpoint, {export} of exported weights",
+        "saving": f"{readable(staged_bytes(config, sizes, layout.mesh))} of host memory a rank for what is written",
     }
 
 

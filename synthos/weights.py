@@ -21,7 +21,8 @@ from synthos.models.tensors import take_tensors, tensor_files
 from synthos.recipes.base import load_encoded
 from synthos.schema import ModelConfig, PartConfig, RunConfig
 from synthos.strict import read_config
-from synthos.train.checkpoint import MANIFEST, STATE, is_whole, read_tensors, stored_sizes
+from synthos.train.checkpoint import read_tensors, stored_sizes
+from synthos.train.checkpoint_files import MANIFEST, STATE, is_whole
 
 EXPECTED = (
     "expected a folder like weights/step_00002000 or checkpoints/step_00002000 of a run, or a .safetensors file of such"

@@ -155,6 +155,16 @@ def test_best_and_last_checkpoints_are_kept(finished: Finished) -> None:
     assert best == 2 and steps == [2, 4]  # 2 by its loss, 4 as the last
 
 
+def test_the_time_of_a_save_is_told(finished: Finished) -> None:
+    saves = [m for m in finished.metrics if "checkpoint/step" in m]
+    assert [m["checkpoint/step"] for m in saves] == [1, 2, 3, 4] and all(
+        m["step"] >= m["checkpoint/step"] for m in saves
+    )
+    assert all(0 <= m["checkpoint/wait_seconds"] <= m["checkpoint/stall_seconds"] for m in saves)
+    beat = json.loads((finished.folder / "control" / "heartbeat.json").read_text())
+    assert beat["save_seconds"] == saves[-1]["checkpoint/save_seconds"] > 0
+
+
 def test_what_is_exported_can_be_read_by_others(finished: Finished) -> None:
     """As any file that this process writes."""
     (finished.folder / "any").touch()

@@ -8,22 +8,20 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from synthos.batch import Batch, Fault, Features
 from synthos.keys import KeyedDraws
-from synthos.recipes.base import Loss, Recipe
+from synthos.recipes.base import Recipe
 from synthos.schema import RunConfig
 from synthos.train.checkpoint import Checkpoints
 from synthos.train.distributed import World, fsdp_modules, peak_memory, set_training
+from synthos.train.meter import Meter
 from synthos.train.optim import clip_gradients, set_lr
 from synthos.train.report import Report
 from synthos.train.state import TrainState
 from synthos.train.stop import Stop
 from synthos.train.validate import Validator, encode_all
 from synthos.train.waiting import waits
-
-T_BINS = 4  # of train/loss_by_t
 
 
 class Stream(Protocol):
@@ -62,6 +60,11 @@ class Job:
 
 def train(job: Job) -> dict[str, Any]:
     """Train from the newest whole checkpoint, or from the start, to the last step or a stop; returns the verdict."""
+    with job.checkpoints:
+        return _train(job)
+
+
+def _train(job: Job) -> dict[str, Any]:
     config, state = job.config, job.state
     stream_state = job.checkpoints.restore(state)
     if stream_state is not None:
@@ -74,7 +77,9 @@ def train(job: Job) -> dict[str, Any]:
             stopping = _validate(job)
         done = state.step >= job.last_step
         if stopping or done or _due(config.checkpoint.every, state.step) or _among_best(job):
-            job.checkpoints.save(state, job.stream.state_dict())
+            job.checkpoints.save(state, job.stream.state_dict(), wait=bool(stopping) or done)
+        for news in job.checkpoints.settle():
+            job.report.checkpoint(state.step, news.metrics, news.message)
         if stopping:
             return {"status": "stopped", "cause": stopping, "step": state.step}
         if done:
@@ -131,34 +136,6 @@ def _quarantine(job: Job, batch: Batch) -> int:
         job.report.quarantine(job.state.step, faults)
         job.stream.count([fault for own in faults for fault in own])
     return met
-
-
-class Meter:
-    """Sums of what a step's micro-batches returned, and their means over the global batch."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-
-    def add(self, loss: Loss, weights: Tensor) -> None:
-        """Take in one micro-batch; values stay on the device. A sample of weight 0 counts nothing."""
-        real = (weights > 0).to(loss.t)
-        bins = (loss.t.detach() * T_BINS).long().clamp(max=T_BINS - 1)
-        columns = {"train/loss": loss.per_sample, "train/sigma_mean": loss.t}
-        columns |= {f"train/loss_{name}": value for name, value in loss.parts.items()}
-        self._sum({name: value.detach() for name, value in columns.items()}, real)
-        for index in range(T_BINS):
-            self._sum({f"train/loss_by_t/{index}": loss.per_sample.detach()}, (bins == index).to(loss.t) * real)
-
-    def reduce(self, world: World) -> dict[str, float]:
-        """Means over every sample of every rank; a bin without samples is left out. Collective."""
-        table = world.reduce(torch.stack(list(self.sums.values())).double().cpu())
-        return {name: s / n for name, (s, n) in zip(self.sums, table.tolist(), strict=True) if n}
-
-    def _sum(self, columns: dict[str, Tensor], weight: Tensor) -> None:
-        for name, value in columns.items():
-            # where, not a product: a NaN must stay out of bins it does not belong to
-            row = torch.stack([torch.where(weight > 0, value.float(), 0.0).sum(), weight.float().sum()])
-            self.sums[name] = self.sums[name] + row if name in self.sums else row
 
 
 def _validate(job: Job) -> str:

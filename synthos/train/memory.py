@@ -157,6 +157,15 @@ def checkpoint_bytes(config: RunConfig, sizes: Sizes) -> int:
     return MASTER * (copies * sizes.trainable + len(sizes.trained))
 
 
+def staged_bytes(config: RunConfig, sizes: Sizes, mesh: Mode) -> int:
+    """Of host memory on each rank: the copy of its shards that a checkpoint is written from, kept for the next one.
+
+    On a GPU it is page-locked. It stands beside what `rank_memory` counts, also where that is host memory.
+    """
+    ways = {"replicate": 1, "hybrid": config.gpus_per_node, "full": config.ranks}[mesh]
+    return MASTER * ((3 + bool(config.ema.decay)) * share(sizes.trained, ways) + len(sizes.trained))
+
+
 def export_bytes(sizes: Sizes) -> int:
     """Of one export: what was trained, and what was added to the base model as its source has it: float32 at most."""
     return MASTER * (sizes.trainable + count(sizes.added))

@@ -23,6 +23,7 @@ class Beat:
     data_wait: float | None  # share of the time
     eta_s: float
     unit: str = "step"
+    save_seconds: float | None = None  # from the start of a checkpoint's save to its end, of the last one
 
     def __str__(self) -> str:
         minutes, seconds = divmod(int(self.eta_s), 60)

@@ -1,5 +1,6 @@
 """What a run says of itself: metrics.jsonl, W&B, pictures, a progress line, a heartbeat, the trace of its samples."""
 
+import dataclasses
 import json
 import netrc
 import os
@@ -15,6 +16,7 @@ import numpy as np
 from rich.console import Console
 
 from synthos.batch import Batch, Fault
+from synthos.files import read_json
 from synthos.recipes.base import name_pictures
 from synthos.schema import RunConfig
 from synthos.strict import dump
@@ -47,6 +49,8 @@ class Report:
         self.progress: ProgressLine | None = None
         self.last_step = 0
         self.beat = self.line = 0.0
+        self.told: Beat | None = None  # the last heartbeat
+        self.save_seconds: float | None = None  # of the last checkpoint, by whatever attempt
         self.rate = 0.0  # images per second, smoothed
         self.waits: dict[str, list[float]] | None = None  # metrics of waits for data since the last word about them
         self.advised = time.monotonic()
@@ -60,6 +64,7 @@ class Report:
         if not self.world.is_main:
             return
         self._cut_lines(step, validation_due)
+        self.save_seconds = read_json(self.folder / "control" / "heartbeat.json").get("save_seconds")
         self.metrics_file = (self.folder / "metrics.jsonl").open("a", buffering=1)
         self._open_wandb()
         self._log({"attempt": self.attempt, "attempt/restart_step": step}, step)
@@ -97,6 +102,19 @@ class Report:
             self.wandb.log({**images, "step": step})
         if "val/loss" in validation.losses:
             self._say(f"step {step}: validation loss {validation.losses['val/loss']:.4f}")
+
+    def checkpoint(self, step: int, metrics: dict[str, float | str], message: str) -> None:
+        """Log what became of a checkpoint, and say the message, if any; the heartbeat tells how long saving takes."""
+        if not self.world.is_main:
+            return
+        self._log(metrics, step)
+        if message:
+            self._say(message)
+        if "checkpoint/save_seconds" in metrics:
+            self.save_seconds = float(metrics["checkpoint/save_seconds"])
+            if self.told:
+                self.told = dataclasses.replace(self.told, save_seconds=self.save_seconds)
+                write_heartbeat(self.folder, self.attempt, self.told)
 
     def trace(self, step: int, batch: Batch) -> None:
         """Append this rank's consumed samples."""
@@ -188,7 +206,8 @@ class Report:
         now, current = time.monotonic(), float(metrics["train/samples_per_s"])
         self.rate = 0.95 * self.rate + 0.05 * current if self.rate else current
         eta = (self.last_step - step) * self.config.batch.size / self.rate
-        beat = Beat(step, self.last_step, float(metrics["train/loss"]), self.rate, float(metrics["data/wait"]), eta)
+        loss, wait = float(metrics["train/loss"]), float(metrics["data/wait"])
+        self.told = beat = Beat(step, self.last_step, loss, self.rate, wait, eta, save_seconds=self.save_seconds)
         if self.progress:
             self.progress.update(beat)
         elif now - self.line > self.LINE_SECONDS or step == self.last_step:

@@ -135,7 +135,7 @@ def test_the_state_counts_whole_checkpoints_only(tmp_path: Path) -> None:
         folder = tmp_path / "checkpoints" / f"step_{step:08d}"
         folder.mkdir(parents=True)
         (folder / "data").write_text("12345" if whole else "123")
-        (folder / "manifest.json").write_text(json.dumps({"data": 5}))
+        (folder / "manifest.json").write_text(json.dumps({"data": [5, 0]}))
         (folder / "state.json").write_text("{}")
     (tmp_path / "checkpoints" / ".step_00000400.part").mkdir()
     (tmp_path / "weights" / "step_00000200").mkdir(parents=True)

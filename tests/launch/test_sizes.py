@@ -48,6 +48,7 @@ def test_a_full_one_counts_and_plans_for_the_gpus_named(sizes: Sizes) -> None:
         "memory": "18.79 GB a rank and activations: weights 0.71 GB, gradients 0.71 GB, optimizer 1.42 GB, encoders "
         "12.58 GB, frozen 0.51 GB, gathered 2.85 GB",
         "on disk": "17.07 GB a checkpoint, 5.69 GB of exported weights",
+        "saving": "2.14 GB of host memory a rank for what is written",
     }
 
 

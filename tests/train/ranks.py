@@ -38,6 +38,7 @@ def run(folder: Path, config: RunConfig, world: World) -> None:
         grid = job.validator.loss_grid()
         assert grid is not None
         job.checkpoints.save(job.state, job.stream.state_dict())
+        held["staged"] = size(job.checkpoints.copies.values())
         job.export(job.state)
         job.report.close({"status": "done", "cause": "finished"})
     told: dict[str, Any] = {"losses": losses, "validation": grid.tolist(), "held": held}

@@ -22,7 +22,7 @@ from synthos.schema import RunConfig, read_job
 from synthos.train.report import SUBSTITUTE, TRACE
 from tests.data.make import change, encoded, noise, tar
 from tests.support import SMALL
-from tests.train.test_exact import Runs, is_rank, kill_all, kill_named, lines, verdict
+from tests.train.test_exact import Runs, is_rank, kill_all, kill_named, lines, verdict, wait_for_checkpoint
 
 pytestmark = pytest.mark.slow
 SAMPLES, BATCH, STEPS = 36, 8, 45  # ten epochs: steps are short
@@ -88,11 +88,13 @@ def test_killed_on_two_ranks_then_on_four_and_ended_on_one(runs: Runs) -> None:
     shards(runs.folder / "set", indexed=True)
     process = runs.open("run", "gpus_per_node=2")
     folder = runs.wait("run", 7, process)
+    wait_for_checkpoint(folder, 5)
     kill_one(folder)
     output, _ = process.communicate(timeout=240)
     assert process.returncode, output
     process = runs.open("run", "gpus_per_node=4")
     runs.wait("run", 18, process)
+    wait_for_checkpoint(folder, 15)
     kill_all(folder, process)
     runs.finish("run", "gpus_per_node=1")
     assert verdict(folder)["status"] == "done" and verdict(folder)["step"] == STEPS
@@ -109,7 +111,8 @@ def test_streaming_goes_on_where_two_ranks_were_killed(runs: Runs) -> None:
     runs.arguments += ("data.streaming={samples_per_epoch: 36, block: 7}", "data.window=16", "gpus_per_node=2")
     folder = shards(runs.folder / "set", indexed=False)
     process = runs.open("run")
-    kill_all(runs.wait("run", 7, process), process)
+    wait_for_checkpoint(runs.wait("run", 7, process), 5)
+    kill_all(runs.path("run"), process)
     run = runs.finish("run")
     assert verdict(run)["status"] == "done" and not [*folder.glob("*.npz")]
     assert [line["attempt/restart_step"] >= 5 for line in lines(run) if "attempt/restart_step" in line] == [False, True]

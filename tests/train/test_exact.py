@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from launch import cli
 from synthos.train.report import TRACE
 from tests.support import SMALL, environment
+from tests.train.small import wait_until
 
 pytestmark = pytest.mark.slow
 STEPS = 40
@@ -80,6 +81,11 @@ class Runs:
             assert process.poll() is None, process.stdout and process.stdout.read()
             time.sleep(0.1)
         raise AssertionError(f"{name}: step {step} was not reached")
+
+
+def wait_for_checkpoint(folder: Path, step: int) -> None:
+    """Until a checkpoint of the step or a later one has its name: it is written while training goes on."""
+    wait_until(lambda: any(path.name >= f"step_{step:08d}" for path in (folder / "checkpoints").glob("step_*")))
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -178,6 +184,7 @@ def test_stopped_and_started_again_is_the_same_run(runs: Runs, straight: Path) -
 def test_killed_and_started_again_goes_on_from_the_last_checkpoint(runs: Runs, straight: Path) -> None:
     process = runs.open("killed", "gpus_per_node=2")
     folder = runs.wait("killed", 13, process)
+    wait_for_checkpoint(folder, 10)
     kill_all(folder, process)
     assert not (folder / "control" / "verdict.json").exists()
     runs.finish("killed", "gpus_per_node=2")

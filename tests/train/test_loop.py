@@ -18,7 +18,8 @@ from synthos.recipes.base import Encoded, Loss
 from synthos.schema import RunConfig
 from synthos.train.checkpoint import Checkpoints
 from synthos.train.distributed import World, whole
-from synthos.train.loop import Job, Meter, update
+from synthos.train.loop import Job, update
+from synthos.train.meter import Meter
 from synthos.train.report import PADDING, SUBSTITUTE, TRACE, USUAL, Report
 from synthos.train.stop import Stop
 from synthos.train.validate import Validator, encode_all
@@ -315,3 +316,15 @@ def test_old_checkpoints_go_and_the_best_stay(world: World, tmp_path: Path, cach
         update(job)
         job.checkpoints.save(job.state, job.stream.state_dict())
     assert [f.name for f in job.checkpoints.list()] == ["step_00000001", "step_00000003"]
+
+
+def test_the_heartbeat_tells_how_long_a_save_takes(world: World, tmp_path: Path, cache: Path) -> None:
+    """Also before the first save of an attempt: whoever stops it must know."""
+    beat = tmp_path / "control" / "heartbeat.json"
+    beat.parent.mkdir()
+    beat.write_text(json.dumps({"save_seconds": 2.5}))
+    job = build(world, tmp_path, cache)
+    job.report.step(1, update(job))
+    assert json.loads(beat.read_text())["save_seconds"] == 2.5
+    job.report.checkpoint(1, {"checkpoint/save_seconds": 3.0}, "")
+    assert json.loads(beat.read_text())["save_seconds"] == 3.0 and json.loads(beat.read_text())["step"] == 1

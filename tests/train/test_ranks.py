@@ -16,7 +16,7 @@ from synthos.build import build_recipe, measure
 from synthos.models.parts import Models
 from synthos.recipes.base import Recipe
 from synthos.schema import RunConfig
-from synthos.train.memory import Mode, checkpoint_bytes, export_bytes, rank_memory
+from synthos.train.memory import Mode, checkpoint_bytes, export_bytes, rank_memory, staged_bytes
 from tests.data.make import data_set
 from tests.support import ROOT, SMALL, compose_for_test, environment
 
@@ -177,6 +177,13 @@ def test_the_memory_model_is_true_to_the_byte(runs: dict[str, Ran], name: str) -
             assert min(held) >= 0.95 * value, key
         elif ran.layout == ("replicate", "replicate"):
             assert set(held) == {value}
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_copy_that_a_checkpoint_is_written_from_has_its_size(runs: dict[str, Ran], name: str) -> None:
+    ran = runs[name]
+    held = max(told["held"]["staged"] for told in ran.ranks)
+    assert held == staged_bytes(ran.config, measure(ran.config), ran.layout[0])
 
 
 @pytest.mark.parametrize("name", EVERY)
