@@ -81,7 +81,7 @@ def environment(variables: dict[str, str]) -> Iterator[None]:
 def sbatch(config: JobConfig, folder: Path, lock: IO[str]) -> int:
     """Nothing but the line to type: for sites where submitit is not wanted."""
     (folder / "slurm").mkdir(exist_ok=True)
-    (folder / "slurm" / "job.sh").write_text(render.job_file(config))
+    (folder / "slurm" / "job.sh").write_text(render.job_file(config, folder))
     print(f"stop it:   touch {folder / 'control' / 'stop'}\nfollow it: tail -F {render.output(folder, '<job>')}")
     print(f"prepared {folder}; start it with\n{render.sbatch_line(config, folder, os.environ)}")
     return 0

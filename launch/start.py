@@ -13,7 +13,7 @@ from synthos.schema import JobConfig
 
 
 def start(config: JobConfig, folder: Path, prepare: Callable[[], None], following: bool) -> int:
-    """Run or submit the job of `folder`, unless that is done or under way already; returns the exit code.
+    """Run or submit the job of `folder`; returns the exit code, 0 also where that is done or under way already.
 
     Args:
         config: of the job.
@@ -45,10 +45,14 @@ def start(config: JobConfig, folder: Path, prepare: Callable[[], None], followin
                 return 0
             for earlier in ("stop", "meeting.json"):  # what a start before this one has left
                 (folder / "control" / earlier).unlink(missing_ok=True)
-            prepare()
+            try:
+                prepare()
+            except (RuntimeError, OSError) as error:
+                print(f"error: {folder} can't be prepared: {error}", file=sys.stderr)
+                return 1
             code = backends.start(config, folder, lock)
             if code or not following:
                 return code
     if following and (queued or lock):  # the lock is free for the job now
         return follow(folder, queued.job if queued else (folder / "slurm" / "job").read_text())
-    return 1
+    return 0
