@@ -1,5 +1,6 @@
-"""Jobs on a real Slurm that start long after they were submitted."""
+"""Jobs on a real Slurm that start long after they were submitted, and submitters that die in the act."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -12,14 +13,21 @@ import pytest
 from launch import snapshot
 from launch.attempts import newest_record
 from launch.compose import CHECKOUT
+from launch.journal import FOLDER
 from synthos.schema import RunConfig
 from synthos.strict import read_config
-from tests.slurm.conftest import Cluster
+from tests.slurm.conftest import Cluster, wait_until
 from tests.slurm.test_train import SHAPE, Bench, submitted
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 ONE = ("cluster=practice", "nodes=1", "gpus_per_node=1", "+cluster.sbatch.hold=true", "optim.steps=2")
 ONE = (*ONE, "validate.every=null", "validate.samples=0", "validate.from_split=0")
+# Slurm takes the job, and the command that asked for it is dead before it hears of that.
+KILLER = """#!/bin/bash
+[[ " $* " == *" --test-only "* || $1 == --version ]] && exec {real} "$@"
+{real} "$@"
+kill -9 $PPID
+"""
 
 
 @pytest.fixture(scope="module")
@@ -74,3 +82,25 @@ def test_waiting_jobs_keep_their_trees(bench: Bench, tmp_path: Path) -> None:
     for seed, job, mark in zip((1, 2), jobs, "AB", strict=True):
         output = (runs[seed] / "slurm" / f"{job}.out").read_text()
         assert f"of {mark}" in output and "edited" not in output
+
+
+def test_a_job_whose_submitter_was_killed_is_adopted(bench: Bench, tmp_path: Path) -> None:
+    real = shutil.which("sbatch")
+    (tmp_path / "sbatch").write_text(KILLER.format(real=real))
+    (tmp_path / "sbatch").chmod(0o755)
+    path = bench.cluster.env["PATH"]
+    dying = Bench(Cluster(bench.cluster.folder, {**bench.cluster.env, "PATH": f"{tmp_path}:{path}"}), bench.folder)
+    killed = dying.submit("killed", *ONE)
+    assert killed.returncode == -9
+    folder, runs = bench.run("killed"), bench.folder / "killed"
+    assert not (folder / "slurm" / "job").exists() and len(list((runs / FOLDER).glob("*.intent"))) == 1
+    listed = bench.cluster.run("squeue", "--noheader", f"--name={folder.name}", "--format=%i").stdout.split()
+    again = bench.submit("killed", *ONE)
+    assert again.returncode == 0 and f"job {listed[0]} of {folder} is recorded now" in again.stderr, again.stderr
+    assert f"has job {listed[0]} already, PENDING" in again.stderr
+    assert bench.cluster.run("squeue", "--noheader", f"--name={folder.name}", "--format=%i").stdout.split() == listed
+    (record,) = [json.loads(path.read_text()) for path in (runs / FOLDER).iterdir()]
+    assert record["job"] == listed[0] == (folder / "slurm" / "job").read_text()
+    bench.cluster.run("scontrol", "release", listed[0])
+    assert bench.wait(listed[0]) == "COMPLETED"
+    wait_until(lambda: newest_record(folder).get("status") == "done", "the run's verdict")
