@@ -1,10 +1,10 @@
 """What a run remembers of each submission: command, code, packages, machine and inputs, without any secret."""
 
 import filecmp
-import getpass
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import re
 import shlex
@@ -80,7 +80,7 @@ def environment_facts() -> dict[str, Any]:
     driver = re.search(r"\s(\d+\.\d+[.\d]*)\s", DRIVER.read_text()) if DRIVER.is_file() else None
     return {
         "host": socket.gethostname(),
-        "user": getpass.getuser(),
+        "user": os.environ.get("USER") or str(os.getuid()),  # in a container it may have no name
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": str(torch.__version__),

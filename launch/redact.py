@@ -30,31 +30,48 @@ def secret_values(environment: Mapping[str, str]) -> dict[str, str]:
 
 def redact(text: str, environment: Mapping[str, str] = os.environ) -> str:
     """A text with *** for secrets: values of such variables, NAME=value, passwords and signatures in URLs, tokens."""
-    for value in sorted(secret_values(environment).values(), key=len, reverse=True):
-        text = text.replace(value, "***")
-    text = _URL.sub(lambda match: masked(match[0]), text)
-    return _TOKEN.sub(r"\1***", _ASSIGNED.sub(r"\1\2***", text))
+    return _hide(text, _values(environment))
 
 
 def redact_bytes(content: bytes, environment: Mapping[str, str] = os.environ) -> bytes:
     """The same for a patch, by values alone: its lines are code, where `token=words[0]` is none."""
-    for value in sorted(secret_values(environment).values(), key=len, reverse=True):
+    for value in _values(environment):
         content = content.replace(value.encode(), b"***")
     return content
 
 
-def problems(plain: Any, path: str = "") -> Iterator[str]:
+def problems(plain: Any) -> Iterator[str]:
     """A line for each value of a config that holds a secret: a config is frozen in the run's folder, as it is."""
-    if isinstance(plain, Mapping):
-        for key, value in plain.items():
-            yield from problems(value, f"{path}.{key}" if path else str(key))
-    elif isinstance(plain, list | tuple):
-        for number, value in enumerate(plain):
-            yield from problems(value, f"{path}[{number}]")
-    elif isinstance(plain, str):
-        said, shown = f"{path.rpartition('.')[2]}={plain}", redact(plain)
-        if redact(said) != said:
+    values = _values(os.environ)
+    for path, text in _texts(plain, ""):
+        said = f"{path.rpartition('.')[2]}={text}"
+        if _hide(said, values) != said:
+            shown = _hide(text, values)
             yield (
-                f"{path}: {shown if shown != plain else '***'!r} holds a secret, and a config is kept; put it into a "
+                f"{path}: {shown if shown != text else '***'!r} holds a secret, and a config is kept; put it into a "
                 "file below your home, or let its variable travel with cluster.environment=[NAME]"
             )
+
+
+def _texts(plain: Any, path: str) -> Iterator[tuple[str, str]]:
+    """Every text of a config, with its key."""
+    if isinstance(plain, Mapping):
+        for key, value in plain.items():
+            yield from _texts(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(plain, list | tuple):
+        for number, value in enumerate(plain):
+            yield from _texts(value, f"{path}[{number}]")
+    elif isinstance(plain, str):
+        yield path, plain
+
+
+def _values(environment: Mapping[str, str]) -> list[str]:
+    """Longest first: one may be part of another."""
+    return sorted(secret_values(environment).values(), key=len, reverse=True)
+
+
+def _hide(text: str, values: list[str]) -> str:
+    for value in values:
+        text = text.replace(value, "***")
+    text = _URL.sub(lambda match: masked(match[0]), text)
+    return _TOKEN.sub(r"\1***", _ASSIGNED.sub(r"\1\2***", text))
