@@ -23,7 +23,7 @@ from typing import Any
 from benchmarks import pictures
 from benchmarks.data_table import judge, markdown
 from benchmarks.learning import ROOT
-from launch.rundir import git_facts
+from launch.snapshot import git_facts
 
 CACHE = ROOT / ".cache" / "benchmark"
 RIVALS = {

@@ -35,7 +35,7 @@ from rich.table import Table
 from benchmarks.drawn import build_job, step_flops, with_batch
 from benchmarks.learning import ROOT, machine
 from launch.compose import compose
-from launch.rundir import git_facts
+from launch.snapshot import git_facts
 from synthos.schema import RunConfig
 from synthos.train.distributed import World, open_world, peak_memory
 from synthos.train.loop import Job, update

@@ -73,7 +73,7 @@ def train(experiment: str, seed: int, ranks: int, overrides: list[str]) -> tuple
 
 def machine() -> dict[str, Any]:
     """What the figures were made on."""
-    from launch.rundir import git_facts
+    from launch.snapshot import git_facts
 
     packages = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"

@@ -15,8 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from launch import attempts
-from launch.compose import CHECKOUT
+from launch import attempts, snapshot
 from launch.place import (
     Meeting,
     Place,
@@ -57,6 +56,7 @@ def main(folder: Path) -> int:
     """
     try:
         config, place = read_job(folder / "config.yaml"), slurm_place(os.environ)
+        snapshot.check_imported(folder)
         if not place.first:
             return int(run(folder, place) == 1)
         problems = allocation_problems(config, place, os.environ)
@@ -94,6 +94,7 @@ def run(folder: Path, place: Place | None = None, keep_open: Sequence[int] = ())
     among them, the run stays locked should this process be killed while torchrun goes on.
     """
     config, place = read_job(folder / "config.yaml"), place or Place()
+    code = snapshot.code_of(folder)
     meeting, command = meet(folder, config, place)
     name = f"node-{place.node}.log" if place.tasks == 1 else f"node-{place.node}.{place.task}.log"
     log = attempts.attempt_folder(folder, meeting.attempt) / name
@@ -103,8 +104,8 @@ def run(folder: Path, place: Place | None = None, keep_open: Sequence[int] = ())
             command,
             stdout=output,
             stderr=subprocess.STDOUT,
-            cwd=CHECKOUT,
-            env=environment(config, place, meeting),
+            cwd=code,
+            env=environment(config, place, meeting, code),
             start_new_session=True,
             pass_fds=keep_open,
         )
@@ -162,12 +163,12 @@ def ranks_command(config: JobConfig, folder: Path, place: Place, meeting: Meetin
     ]
 
 
-def environment(config: JobConfig, place: Place, meeting: Meeting) -> dict[str, str]:
-    """What the ranks inherit: this checkout before any installed one, and their share of the cores."""
+def environment(config: JobConfig, place: Place, meeting: Meeting, code: Path) -> dict[str, str]:
+    """What the ranks inherit: the run's code before any that is installed, and their share of the cores."""
     inherited = {
         **_gloo_interface(place),
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")])),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(code), os.environ.get("PYTHONPATH")])),
         "PYTHONUNBUFFERED": "1",
         # The warnings of torch's own C++: at the end of a run its agents may find each other gone, and print stacks.
         "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),

@@ -7,8 +7,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from launch import snapshot
 from launch.compose import CHECKOUT
-from launch.rundir import git_facts, read_state
+from launch.provenance import environment_facts
+from launch.rundir import read_state
 from synthos.files import read_json, write_json
 from synthos.run import read_verdict
 
@@ -30,15 +32,18 @@ def begin(folder: Path, command: list[str], checkout: Path = CHECKOUT, job: str 
     number = read_state(folder).attempts + 1
     while not _claim(attempt_folder(folder, number)):
         number += 1
-    code = git_facts(checkout)  # provenance/ tells it of the first attempt only
+    tree = snapshot.tree_name(folder)
+    code = read_json(folder / "provenance" / "git.json") if tree else snapshot.git_facts(checkout)
     record = {
         "attempt": number,
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "job": job,
         "command": command,
+        "tree": tree,
         "commit": code["commit"],
         "changed": code["changed"],
+        "environment": environment_facts(),
         "started": _now(),
         "start_step": read_state(folder).step or 0,
     }

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from launch import agent, attempts, render, slurm
+from launch import agent, attempts, journal, render, slurm
 from synthos.schema import JobConfig
 
 
@@ -41,13 +41,15 @@ def submitit(config: JobConfig, folder: Path, lock: IO[str]) -> int:
     """A job of one agent per node, whose only argument is the run folder."""
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-    try:
-        with environment(render.clean(config.cluster, os.environ)):
-            job = executor(config, folder).submit(agent.task, str(folder))
-    except (FailedJobError, FailedSubmissionError) as error:
-        print(f"error: sbatch: {slurm.words(str(error))}", file=sys.stderr)
-        return 1
-    (folder / "slurm" / "job").write_text(job.job_id)
+    with journal.intend(Path(config.runs_dir), folder) as intent:
+        try:
+            with environment(render.clean(config.cluster, os.environ)):
+                job = executor(config, folder).submit(agent.task, str(folder))
+        except (FailedJobError, FailedSubmissionError) as error:
+            intent.refused()
+            print(f"error: sbatch: {slurm.words(str(error))}", file=sys.stderr)
+            return 1
+        intent.complete(job.job_id)
     print(f"submitted job {job.job_id} of {folder}")
     print(f"follow it: the same command with follow=true, or tail -F {render.output(folder, job.job_id)}")
     print(f"stop it:   touch {folder / 'control' / 'stop'}")
@@ -81,7 +83,7 @@ def environment(variables: dict[str, str]) -> Iterator[None]:
 def sbatch(config: JobConfig, folder: Path, lock: IO[str]) -> int:
     """Nothing but the line to type: for sites where submitit is not wanted."""
     (folder / "slurm").mkdir(exist_ok=True)
-    (folder / "slurm" / "job.sh").write_text(render.job_file(config))
+    (folder / "slurm" / "job.sh").write_text(render.job_file(config, folder))
     print(f"stop it:   touch {folder / 'control' / 'stop'}\nfollow it: tail -F {render.output(folder, '<job>')}")
     print(f"prepared {folder}; start it with\n{render.sbatch_line(config, folder, os.environ)}")
     return 0

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -18,11 +18,13 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from launch.snapshot import is_copy
 from synthos.schema import DataConfig, GenerateConfig, JobConfig, ModelConfig, PartConfig, RunConfig
 from synthos.strict import load, unknown
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 CONFIGS = CHECKOUT / "configs"
+RUNS = CHECKOUT.parents[1] if is_copy(CHECKOUT) else CHECKOUT / "runs"  # a job may submit another, from its copy
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,14 @@ class Composed:
         dry_run: only print the plan.
         full: and build the model for it, without weights.
         follow: after submitting, show the run until it ends.
+        new: run it anew, though it was run before.
     """
 
     config: RunConfig
     dry_run: bool
     full: bool
     follow: bool
+    new: bool
 
 
 def compose(arguments: Sequence[str], config_dir: Path = CONFIGS) -> Composed:
@@ -59,16 +63,18 @@ def compose(arguments: Sequence[str], config_dir: Path = CONFIGS) -> Composed:
     plain = _compose_for_here(overrides, config_dir)
     # The schema would only say that a group is missing, not what may be chosen.
     problems = [_missing_choice(group, known) for group in known if group not in plain]
-    dry_run, follow = plain.pop("dry_run", None), plain.pop("follow", None)
+    dry_run, follow, force = (plain.pop(key, None) for key in ("dry_run", "follow", "force"))
     if not isinstance(dry_run, bool) and dry_run != "full":
         problems.append(f"dry_run: {dry_run!r} is not allowed; expected true, false or full")
     if not isinstance(follow, bool):
         problems.append(f"follow: {follow!r} is not allowed; expected true or false")
+    if force not in (None, "new"):
+        problems.append(f"force: {force!r} is not allowed; expected null or new")
     if problems:
         raise ValueError("\n".join(problems))
     config = _anchor(load(RunConfig, plain), Path.cwd())
     _check_follow(config, bool(follow))
-    return Composed(config, dry_run=bool(dry_run), full=dry_run == "full", follow=bool(follow))
+    return Composed(config, bool(dry_run), full=dry_run == "full", follow=bool(follow), new=force == "new")
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,7 @@ class Once:
     device: str | None
     dry_run: bool
     follow: bool
+    force: Literal["new"] | None  # new: make the pictures anew, though they were made before
 
 
 def compose_generate(weights: str, arguments: Sequence[str], config_dir: Path = CONFIGS) -> tuple[GenerateConfig, Once]:
@@ -163,12 +170,10 @@ def _missing_choice(group: str, known: Mapping[str, list[str]]) -> str:
 def _compose_for_here(overrides: list[Override], config_dir: Path) -> dict[str, Any]:
     """The composed values. Where nobody chose a cluster, it is Slurm if there is one here or if one node won't do."""
     composed = _compose(overrides, config_dir)
-    by_default = (
-        "cluster" not in {o.key_or_group for o in overrides} and composed.hydra.runtime.choices.cluster == "local"
-    )
+    chosen = composed.hydra.runtime.choices
+    by_default = "cluster" not in {o.key_or_group for o in overrides} and chosen.cluster == "local"
     if by_default and (shutil.which("sbatch") or composed.get("nodes") not in (None, 1)):
         composed = _compose([*overrides, _parse("cluster=slurm")], config_dir)
-    chosen = composed.hydra.runtime.choices
     with open_dict(composed):
         composed.experiment = chosen.get("experiment")
     name = Path(composed.experiment or chosen.recipe).name
@@ -226,7 +231,7 @@ def _first_paragraph(error: Exception) -> str:
 
 def _finish(composed: DictConfig, names: Mapping[str, str]) -> dict[str, Any]:
     """Plain values: `names` and folders filled in where none are set, interpolations resolved, Hydra's part removed."""
-    folders = {"runs_dir": CHECKOUT / "runs", "cache_dir": CHECKOUT / ".cache"}
+    folders = {"runs_dir": RUNS, "cache_dir": RUNS.parent / ".cache"}
     with open_dict(composed):
         del composed["hydra"]
         for key, value in {**names, **folders}.items():

@@ -81,7 +81,7 @@ def batch_script(config: JobConfig, folder: Path) -> str:
     ]
     command = [*srun(config), python(config.cluster), "-u", "-m", "submitit.core._submit", str(folder / "slurm")]
     # exec: the signals of a cancelled job end a shell, and with the shell the job, before its ranks could save
-    run = ["export SUBMITIT_EXECUTOR=slurm", f"exec {shlex.join(command)}", ""]
+    run = [*enter(folder), "export SUBMITIT_EXECUTOR=slurm", f"exec {shlex.join(command)}", ""]
     return "\n".join(["#!/bin/bash", *lines, "", "set -eo pipefail", *config.cluster.setup, *run])
 
 
@@ -94,14 +94,21 @@ def sbatch_line(config: JobConfig, folder: Path, environment: Mapping[str, str])
 def sbatch(config: JobConfig, folder: Path) -> list[str]:
     """The sbatch command that starts `slurm/train.sbatch`."""
     given = [_flag(key, value) for key, value in flags(config, folder).items()]
-    return ["sbatch", *given, str(CHECKOUT / "slurm" / "train.sbatch"), str(folder)]
+    return ["sbatch", *given, str(folder / "code" / "slurm" / "train.sbatch"), str(folder)]
 
 
-def job_file(config: JobConfig) -> str:
+def enter(folder: Path) -> list[str]:
+    """Shell lines, after those of the site: from here on it is the run's code that is imported, wherever they went."""
+    code = shlex.quote(str(folder / "code"))
+    return [f"cd {code}", f'export PYTHONPATH={code}"${{PYTHONPATH:+:$PYTHONPATH}}"']
+
+
+def job_file(config: JobConfig, folder: Path) -> str:
     """What `slurm/train.sbatch` reads in the run folder: set-up lines, srun's flags, interpreter, cores of a task."""
     cluster = config.cluster
     lines = [f"cd {shlex.quote(str(CHECKOUT))}", *cluster.setup, f"SRUN=({shlex.join(srun(config))})"]
-    return "\n".join([*lines, f"PYTHON={shlex.quote(python(cluster))}", f"CPUS={cpus_per_task(config) or ''}", ""])
+    task = [f"PYTHON={shlex.quote(python(cluster))}", f"CPUS={cpus_per_task(config) or ''}", ""]
+    return "\n".join([*lines, *enter(folder), *task])
 
 
 def srun(config: JobConfig) -> list[str]:

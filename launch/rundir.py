@@ -3,19 +3,17 @@
 import dataclasses
 import errno
 import fcntl
-import importlib.metadata
-import json
+import itertools
 import re
-import shlex
 import shutil
-import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from launch import provenance, snapshot
 from synthos.recipes.base import file_fields
 from synthos.run import read_verdict
 from synthos.schema import GenerateConfig, JobConfig, RunConfig
@@ -48,9 +46,21 @@ class RunState:
         return self.verdict.get("status") == "done"
 
 
-def run_folder(config: JobConfig, sig8: str) -> Path:
-    """Where the run with this signature lies, whether it exists or not."""
-    return Path(config.runs_dir) / config.group / f"{config.name}-{sig8}"
+def run_folder(config: JobConfig, sig8: str, new: bool = False) -> Path:
+    """Where the run with this signature lies, whether it exists or not.
+
+    An experiment that is run anew, though it was run before, gets another generation: `<name>-<sig8>-g2`, and so on.
+    The newest is the run, unless a `new` one is asked for.
+    """
+    first = Path(config.runs_dir) / config.group / f"{config.name}-{sig8}"
+
+    def generation(number: int) -> Path:
+        return first if number == 1 else first.with_name(f"{first.name}-g{number}")
+
+    def is_free(number: int) -> bool:
+        return not (generation(number) / "config.yaml").is_file()
+
+    return generation(next(n for n in itertools.count(1) if is_free(n if new else n + 1)))
 
 
 def read_state(folder: Path) -> RunState:
@@ -81,13 +91,13 @@ def hold(folder: Path, patience_seconds: float = 0) -> Iterator[IO[str] | None]:
         raise _unlockable(path, error) from None
     with file:
         deadline = time.monotonic() + patience_seconds
-        while not (locked := _lock(file)) and time.monotonic() < deadline:
+        while not (locked := lock(file)) and time.monotonic() < deadline:
             time.sleep(0.2)
         yield file if locked else None
 
 
-def _lock(file: IO[str]) -> bool:
-    """Lock an open file; False where it is locked already."""
+def lock(file: IO[str]) -> bool:
+    """Lock an open file; False where another process has locked it. Raises ValueError where nothing can be locked."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -106,52 +116,47 @@ def _unlockable(path: Path | str, error: OSError) -> ValueError:
     return ValueError(f"runs_dir: {path} can't be locked: {error.strerror}; expected a folder that can be written to")
 
 
-def open_folder(folder: Path, config: JobConfig, command: Sequence[str], checkout: Path) -> None:
-    """Write what the ranks will read: provenance and files of requests once, then the config.
+def open_folder(
+    folder: Path,
+    config: JobConfig,
+    command: Sequence[str],
+    checkout: Path,
+    inputs: Mapping[str, Any] | None = None,
+) -> None:
+    """Write what the ranks will read: their code, provenance, files of requests, then the config.
 
-    The config is written again when the run continues, since what is no part of its identity (machines, micro-batch,
-    W&B) may have changed.
+    All of it is written again when the run continues by a new submission: its code is that of today, and what is no
+    part of its identity (machines, micro-batch, W&B) may have changed. Raises RuntimeError where the code can't be
+    copied.
     """
-    provenance = folder / "provenance"
-    if not provenance.is_dir():
-        part = folder / f".{provenance.name}.part"
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir()
-        write_provenance(part, command, checkout)
-        part.rename(provenance)
+    copy_code(folder, config, checkout)
+    provenance.record(folder, command, checkout, inputs or {})
     frozen = _with_own_files(config, folder)
     temporary = folder / ".config.yaml.part"
     write_config(frozen, temporary)
     temporary.replace(folder / "config.yaml")
 
 
-def write_provenance(folder: Path, command: Sequence[str], checkout: Path) -> None:
-    """What was typed, the code it ran with, and the packages installed."""
-    (folder / "command.txt").write_text(shlex.join(command) + "\n")
-    (folder / "git.json").write_text(json.dumps(git_facts(checkout), indent=1))
-    (folder / "changes.patch").write_bytes(_git(checkout, "diff", "--binary", "HEAD") or b"")
-    packages = {f"{d.metadata['Name']}=={d.version}" for d in importlib.metadata.distributions()}
-    (folder / "packages.txt").write_text("\n".join(sorted(packages, key=str.lower)) + "\n")
+def copy_code(folder: Path, config: JobConfig, checkout: Path) -> None:
+    """Let the run's `code` lead to a copy of the checkout, and say so where it was another; debug runs the checkout."""
+    former = snapshot.tree_name(folder)
+    if config.cluster.backend == "debug":
+        (folder / "code").unlink(missing_ok=True)
+        return
+    kept = snapshot.take(checkout, Path(config.runs_dir) / snapshot.STORE, not_code(config))
+    snapshot.link(folder, kept)
+    if former and former != kept.name:
+        print(f"code: {kept.name[:12]} from now on, was {former[:12]}; the run's attempts tell which ran which")
 
 
-def git_facts(checkout: Path) -> dict[str, Any]:
-    """Commit, branch and files that git does not know; all empty outside of a git repository."""
-    untracked = _git(checkout, "ls-files", "--others", "--exclude-standard") or b""
-    return {
-        "commit": (_git(checkout, "rev-parse", "--verify", "HEAD") or b"").decode().strip(),
-        "branch": (_git(checkout, "branch", "--show-current") or b"").decode().strip(),
-        "changed": bool(_git(checkout, "status", "--porcelain", "--untracked-files=no")),
-        "untracked": untracked.decode().splitlines(),
-    }
+def not_code(config: JobConfig) -> list[Path]:
+    """Folders that may lie in the checkout, and that are no code."""
+    return [Path(config.runs_dir), Path(config.cache_dir)]
 
 
-def _git(checkout: Path, *arguments: str) -> bytes | None:
-    """What git answers, or None where there is no git, no repository or no commit."""
-    try:
-        done = subprocess.run(["git", "-C", str(checkout), *arguments], capture_output=True)
-    except FileNotFoundError:
-        return None
-    return done.stdout if done.returncode == 0 else None
+def code_problems(config: JobConfig, checkout: Path) -> list[str]:
+    """What keeps the checkout from being copied, a line each."""
+    return [] if config.cluster.backend == "debug" else [*snapshot.problems(checkout, not_code(config))]
 
 
 def _with_own_files(config: JobConfig, folder: Path) -> JobConfig:

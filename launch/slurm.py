@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch import render
+from launch.compose import CHECKOUT
 from synthos.schema import JobConfig
 
 TIMEOUT_SECONDS = 60  # a busy controller answers late
@@ -96,6 +97,8 @@ def would_take(config: JobConfig, folder: Path) -> tuple[bool, str]:
     """Whether Slurm would take the job, and its own words, which tell where and when it would start."""
     by_hand = config.cluster.backend == "sbatch"
     command = render.sbatch(config, folder) if by_hand else ["sbatch"]
+    if by_hand:  # the run may have no code yet
+        command[-2] = str(CHECKOUT / "slurm" / "train.sbatch")
     script = "" if by_hand else render.batch_script(config, folder)
     done = ask([command[0], "--test-only", *command[1:]], script, render.clean(config.cluster, os.environ))
     return done.returncode == 0, words(done.stderr or done.stdout)

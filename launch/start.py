@@ -5,15 +5,17 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from launch import backends, slurm
+from launch import backends, journal, slurm
 from launch.attempts import newest_record
 from launch.follow import follow
 from launch.rundir import hold, read_state
 from synthos.schema import JobConfig
 
+WAIT = f"whether Slurm has its job is known {journal.IN_FLIGHT_SECONDS} s later: try again then"
+
 
 def start(config: JobConfig, folder: Path, prepare: Callable[[], None], following: bool) -> int:
-    """Run or submit the job of `folder`, unless that is done or under way already; returns the exit code.
+    """Run or submit the job of `folder`; returns the exit code, 0 also where that is done or under way already.
 
     Args:
         config: of the job.
@@ -28,6 +30,7 @@ def start(config: JobConfig, folder: Path, prepare: Callable[[], None], followin
             print(f"error: {error}", file=sys.stderr)
             return 2
         try:
+            _settle(Path(config.runs_dir))
             queued = slurm.job_of(folder)
         except RuntimeError as error:  # nothing is started that may be running already
             print(f"error: whether {folder} has a job already is not known: {error}", file=sys.stderr)
@@ -38,6 +41,9 @@ def start(config: JobConfig, folder: Path, prepare: Callable[[], None], followin
             record = newest_record(folder)
             by = f" (attempt {record['attempt']} on {record['host']}, process {record['pid']})" if record else ""
             print(f"{folder} is running already{by}", file=sys.stderr)
+        elif journal.pending(Path(config.runs_dir), folder):
+            print(f"error: a submission of {folder} was just cut short; {WAIT}", file=sys.stderr)
+            return 1
         else:
             state = read_state(folder)  # again: now nobody else can change it
             if state.done:
@@ -45,10 +51,19 @@ def start(config: JobConfig, folder: Path, prepare: Callable[[], None], followin
                 return 0
             for earlier in ("stop", "meeting.json"):  # what a start before this one has left
                 (folder / "control" / earlier).unlink(missing_ok=True)
-            prepare()
+            try:
+                prepare()
+            except (RuntimeError, OSError) as error:
+                print(f"error: {folder} can't be prepared: {error}", file=sys.stderr)
+                return 1
             code = backends.start(config, folder, lock)
             if code or not following:
                 return code
     if following and (queued or lock):  # the lock is free for the job now
         return follow(folder, queued.job if queued else (folder / "slurm" / "job").read_text())
-    return 1
+    return 0
+
+
+def _settle(runs_dir: Path) -> None:
+    for folder, job in journal.settle(runs_dir):
+        print(f"job {job} of {folder} is recorded now: its submission was cut short", file=sys.stderr)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from synthos.files import create_json, read_json, write_json
-from synthos.schema import GenerateConfig, RunConfig, read_job
+from synthos.schema import GenerateConfig, JobConfig, RunConfig, read_job
 
 
 def main(run_dir: Path, attempt: int) -> dict[str, Any]:
@@ -36,6 +36,7 @@ def main(run_dir: Path, attempt: int) -> dict[str, Any]:
     verdict: dict[str, Any] = {"status": "failed", "cause": "error", "step": None}
     report = world = None
     try:
+        _check_imported(run_dir, config)
         world = open_world(config)
         with Stop(run_dir / "control" / "stop", world) as stop:
             if isinstance(config, GenerateConfig):
@@ -57,6 +58,13 @@ def main(run_dir: Path, attempt: int) -> dict[str, Any]:
         if world:
             world.close()
     return verdict
+
+
+def _check_imported(run_dir: Path, config: JobConfig) -> None:
+    """Only the code that was submitted is run; `cluster=debug` runs the checkout."""
+    code = run_dir / "code"
+    if config.cluster.backend != "debug" and code.is_dir() and code.resolve() not in Path(__file__).resolve().parents:
+        raise RuntimeError(f"the code of this run is {code.resolve()}, but this rank has imported {__file__}")
 
 
 def _error() -> str:

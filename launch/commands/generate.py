@@ -15,11 +15,14 @@ from launch.check import generation_problems, machine_problems
 from launch.compose import CHECKOUT, choices, compose_generate, file_name
 from launch.generate_plan import GeneratePlan
 from launch.identity import sig8_of_generation
-from launch.rundir import open_folder, read_state, run_folder
+from launch.provenance import inputs_of
+from launch.redact import problems as secrets
+from launch.rundir import code_problems, open_folder, read_state, run_folder
 from launch.start import start
 from synthos.models.parts import missing
 from synthos.recipes.base import is_encoded, name_pictures
 from synthos.schema import GenerateConfig
+from synthos.strict import dump
 from synthos.weights import Source, find_source
 
 USAGE = """usage: synthos generate weights=<folder> out=<picture or folder> [prompt=...] [reference=a.jpg,b.jpg] ...
@@ -60,7 +63,9 @@ def main(arguments: list[str]) -> int | Callable[[], int]:
     config = dataclasses.replace(config, requests=requests, weights=str(source.path))
     if "cluster" not in given:
         return here(config, source, recipe, out, once.device)
-    plan = make_plan(config, source)
+    if problems := [*secrets(dump(config))]:
+        raise ValueError("\n".join(problems))
+    plan = make_plan(config, source, once.force == "new")
     if once.dry_run:
         print(plan.render(), plan.job(), sep="\n", end="")
         return 0
@@ -137,11 +142,12 @@ def make(generator: Any, requests: list[Any], files: list[list[Path]], config: G
     return 0
 
 
-def make_plan(config: GenerateConfig, source: Source) -> GeneratePlan:
+def make_plan(config: GenerateConfig, source: Source, new: bool = False) -> GeneratePlan:
     """Everything that can be known of a job before it starts."""
-    folder = run_folder(config, sig8_of_generation(config))
+    folder = run_folder(config, sig8_of_generation(config), new)
     lines, notes = slurm.look(config, folder)
-    return GeneratePlan(config, source, folder, [*machine_problems(config), *missing(source.model), *lines], notes)
+    lines += [*machine_problems(config), *code_problems(config, CHECKOUT), *missing(source.model)]
+    return GeneratePlan(config, source, folder, lines, notes)
 
 
 def as_job(plan: GeneratePlan, command: list[str], following: bool) -> Callable[[], int]:
@@ -156,7 +162,7 @@ def as_job(plan: GeneratePlan, command: list[str], following: bool) -> Callable[
 
     def prepare() -> None:
         print(plan.render())
-        open_folder(plan.folder, plan.config, command, CHECKOUT)
+        open_folder(plan.folder, plan.config, command, CHECKOUT, inputs_of(plan.config))
 
     def run() -> int:
         code = start(plan.config, plan.folder, prepare, following)

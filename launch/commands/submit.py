@@ -8,13 +8,16 @@ from launch.check import length_problems, machine_problems, value_problems
 from launch.compose import CHECKOUT, choices, compose
 from launch.identity import sig8
 from launch.plan import UNKNOWN_SIG8, Plan
+from launch.provenance import inputs_of
+from launch.redact import problems as secrets
 from launch.requests import load_requests
-from launch.rundir import open_folder, read_state, run_folder
+from launch.rundir import code_problems, open_folder, read_state, run_folder
 from launch.start import start
 from launch.survey import survey
 from synthos.models import initial
 from synthos.models.parts import pinned
 from synthos.schema import RunConfig
+from synthos.strict import dump
 
 USAGE = """usage: synthos submit recipe=<name> [group=<name>] [key=value] ...
 
@@ -32,7 +35,7 @@ def main(arguments: list[str]) -> int | Callable[[], int]:
         print(USAGE, *(f"{group}: {', '.join(names)}" for group, names in choices().items()), sep="\n")
         return 0
     composed = compose(arguments)
-    plan = make_plan(composed.config, composed.dry_run, composed.full)
+    plan = make_plan(composed.config, composed.dry_run, composed.full, composed.new)
     if composed.dry_run:
         print(plan.render(), plan.job(), sep="\n", end="")
         return 0
@@ -41,27 +44,27 @@ def main(arguments: list[str]) -> int | Callable[[], int]:
     return lambda: _start(plan, ["synthos", "submit", *arguments], composed.follow)
 
 
-def make_plan(config: RunConfig, dry_run: bool, full: bool = False) -> Plan:
+def make_plan(config: RunConfig, dry_run: bool, full: bool = False, new: bool = False) -> Plan:
     """Everything that can be known before the start; ValueError, in one message, for what can't work.
 
-    A dry run builds the model if it is to be `full`, as a submission does.
+    A dry run builds the model if it is to be `full`, as a submission does. A `new` run is none that was begun before.
     """
     from synthos.build import last_step, measure, recipe_class, recipe_config
 
     recipe = recipe_class(config.recipe.get("name", ""))
-    problems = value_problems(config, recipe, recipe_config(config.recipe))
+    problems = [*value_problems(config, recipe, recipe_config(config.recipe)), *secrets(dump(config))]
     if problems:
         raise ValueError("\n".join(problems))
     validate = dataclasses.replace(config.validate, requests=load_requests(config, recipe))
     model, init_from = pinned(config.model), initial.pinned(config.init_from)
     config = dataclasses.replace(config, validate=validate, model=model, init_from=init_from)
     sizes = measure(config) if full or not dry_run else None
-    found = survey(config, recipe, dry_run, [*machine_problems(config)])
+    found = survey(config, recipe, dry_run, [*machine_problems(config), *code_problems(config, CHECKOUT)])
     samples, fingerprint = found.data.samples, found.data.fingerprint
     steps = last_step(config, samples or 0) if samples is not None or config.optim.steps else None
     if samples is not None and steps is not None and (problems := [*length_problems(config, samples, steps)]):
         raise ValueError("\n".join(problems))
-    folder = run_folder(config, sig8(config, fingerprint)) if fingerprint else None
+    folder = run_folder(config, sig8(config, fingerprint), new) if fingerprint else None
     missing, notes = slurm.look(config, folder or run_folder(config, UNKNOWN_SIG8))
     found = dataclasses.replace(found, missing=[*found.missing, *missing], notes=[*found.notes, *notes])
     return Plan(
@@ -83,6 +86,6 @@ def _start(plan: Plan, command: list[str], following: bool) -> int:
         step = read_state(folder).step
         print(plan.render())
         print("starts" if step is None else f"continues from step {step}")
-        open_folder(folder, plan.config, command, CHECKOUT)
+        open_folder(folder, plan.config, command, CHECKOUT, inputs_of(plan.config, plan.survey.data.fingerprint))
 
     return start(plan.config, folder, prepare, following)

@@ -198,7 +198,7 @@ class Report:
             job_type=self.config.recipe["name"],
             tags=[*settings.tags],
             config=dump(self.config),
-            settings=wandb.Settings(silent=True, console="off"),
+            settings=wandb.Settings(silent=True, console="off", disable_git=True),
         )
         self.wandb.define_metric("*", step_metric="step")
 

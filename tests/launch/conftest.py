@@ -71,7 +71,8 @@ def submit(arguments: list[str]) -> Submit:
 def checkout(tmp_path: Path) -> Path:
     """A git repository with a commit, a change and a file that git does not know."""
     folder = tmp_path / "checkout"
-    folder.mkdir()
+    (folder / "synthos").mkdir(parents=True)
+    (folder / "synthos" / "__init__.py").touch()
     git(folder, "init", "-q", "-b", "topic")
     (folder / "code.py").write_text("old\n")
     git(folder, "add", ".")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from launch import agent
-from launch.compose import CHECKOUT, compose
+from launch.compose import compose
 from launch.place import Meeting, Place
 from synthos.files import create_json
 from synthos.run import failure_file
@@ -19,6 +19,7 @@ from synthos.schema import JobConfig
 from synthos.train.torchrun import torchrun_flags
 
 BASE = ("recipe=i2i", "model=tiny", "data=photos", "cluster=local")
+CODE = Path("/runs/x/code")
 # A parent whose child has a session of its own, as a rank of torchrun has; it prints the child's id.
 FAMILY = """
 import subprocess, sys, time
@@ -79,21 +80,21 @@ def test_without_torchrun_the_agent_gives_a_rank_its_place() -> None:
     assert agent.ranks_command(config, Path("/runs/x"), place, meeting) == [
         sys.executable, "-m", "synthos.run", "/runs/x"
     ]  # fmt: skip
-    made = agent.environment(config, place, meeting)
+    made = agent.environment(config, place, meeting, CODE)
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     assert [made[name] for name in names] == ["3", "1", "4", "10.0.0.7", "4001"]
 
 
-def test_ranks_share_the_cores_and_import_this_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_share_the_cores_and_import_the_code_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", "/elsewhere")
     meeting = Meeting("", 7, "localhost", 0)
-    made = agent.environment(job("cluster.threads=3"), Place(), meeting)
+    made = agent.environment(job("cluster.threads=3"), Place(), meeting, CODE)
     assert made["OMP_NUM_THREADS"] == "3" and made["SYNTHOS_ATTEMPT"] == "7"
-    assert made["PYTHONPATH"] == f"{CHECKOUT}{os.pathsep}/elsewhere"
+    assert made["PYTHONPATH"] == f"{CODE}{os.pathsep}/elsewhere"
     many = job("gpus_per_node=64", "batch={size: 64, micro: 1}")
-    assert agent.environment(many, Place(), meeting)["OMP_NUM_THREADS"] == str(max(1, agent.cores(Place()) // 64))
+    assert agent.environment(many, Place(), meeting, CODE)["OMP_NUM_THREADS"] == str(max(1, agent.cores(Place()) // 64))
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "128")
-    assert agent.environment(many, Place("12.0"), meeting)["OMP_NUM_THREADS"] == "2"
+    assert agent.environment(many, Place("12.0"), meeting, CODE)["OMP_NUM_THREADS"] == "2"
 
 
 def test_an_allocation_that_is_not_the_configs_is_refused_by_name() -> None:

@@ -25,7 +25,7 @@ def told(config: JobConfig) -> str:
     pages = {
         "batch script": render.batch_script(config, FOLDER),
         "line by hand": render.sbatch_line(config, FOLDER, SHELL),
-        "slurm/job.sh": render.job_file(config),
+        "slurm/job.sh": render.job_file(config, FOLDER),
     }
     text = "\n".join(f"== {name}\n{page.rstrip()}\n" for name, page in pages.items())
     return text.replace(sys.executable, "PYTHON").replace(str(CHECKOUT), "CHECKOUT")

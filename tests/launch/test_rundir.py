@@ -11,10 +11,9 @@ import pytest
 from PIL import Image
 
 from launch.compose import compose
-from launch.rundir import RunState, _lock, git_facts, hold, open_folder, read_state, run_folder
+from launch.rundir import RunState, hold, lock, open_folder, read_state, run_folder
 from synthos.schema import RunConfig
 from synthos.strict import read_config
-from tests.launch.conftest import git
 
 
 def config(tmp_path: Path, *overrides: str) -> RunConfig:
@@ -40,32 +39,24 @@ def test_the_frozen_config_is_the_composed_one(tmp_path: Path, checkout: Path) -
     assert frozen == dataclasses.replace(made, validate=dataclasses.replace(made.validate, requests=[]))
 
 
-def test_provenance_says_what_ran(tmp_path: Path, checkout: Path) -> None:
-    provenance = opened(tmp_path, checkout) / "provenance"
-    assert (provenance / "command.txt").read_text() == "synthos submit 'name=two words'\n"
-    facts = json.loads((provenance / "git.json").read_text())
-    commit = git(checkout, "rev-parse", "HEAD")
-    assert facts == {"commit": commit, "branch": "topic", "changed": True, "untracked": ["extra.py"]}
-    patch = (provenance / "changes.patch").read_text()
-    assert "-old\n+new\n" in patch
-    git(checkout, "checkout", "-q", "code.py")
-    git(checkout, "apply", str(provenance / "changes.patch"))
-    assert (checkout / "code.py").read_text() == "new\n"
-    packages = (provenance / "packages.txt").read_text().splitlines()
-    assert any(line.startswith("torch==2.") for line in packages) and packages == sorted(packages, key=str.lower)
-
-
-def test_outside_of_git_the_facts_are_empty(tmp_path: Path) -> None:
-    assert git_facts(tmp_path) == {"commit": "", "branch": "", "changed": False, "untracked": []}
-
-
-def test_going_on_keeps_provenance_and_takes_the_new_machines(tmp_path: Path, checkout: Path) -> None:
+def test_going_on_takes_the_new_machines(tmp_path: Path, checkout: Path) -> None:
     folder = opened(tmp_path, checkout)
-    before = (folder / "provenance" / "git.json").read_text()
-    git(checkout, "checkout", "-q", "code.py")
     opened(tmp_path, checkout, "gpus_per_node=2")
-    assert (folder / "provenance" / "git.json").read_text() == before
     assert read_config(RunConfig, folder / "config.yaml").gpus_per_node == 2
+
+
+def test_another_generation_stands_beside_the_first(tmp_path: Path) -> None:
+    made = config(tmp_path, "group=g", "name=n")
+    names = []
+    for _ in range(3):
+        folder = run_folder(made, "1a2b3c4d", new=True)
+        assert not folder.exists()
+        folder.mkdir(parents=True)
+        assert run_folder(made, "1a2b3c4d", new=True) == folder  # locked by a start that was refused, never opened
+        (folder / "config.yaml").touch()
+        assert run_folder(made, "1a2b3c4d") == folder  # without being asked for a new one, the newest goes on
+        names.append(folder.name)
+    assert names == ["n-1a2b3c4d", "n-1a2b3c4d-g2", "n-1a2b3c4d-g3"]
 
 
 def test_pictures_are_copied_and_named_relative_to_the_folder(tmp_path: Path, checkout: Path) -> None:
@@ -105,7 +96,7 @@ def test_a_file_that_the_kernel_refuses_to_lock_is_named(tmp_path: Path) -> None
     (tmp_path / "lock").touch()
     refused = pytest.raises(ValueError, match=r"^runs_dir: .*/lock can't be locked: Bad file descriptor; ")
     with open(tmp_path / "lock", opener=lambda path, _: os.open(path, os.O_PATH)) as file, refused:
-        _lock(file)
+        lock(file)
 
 
 def test_only_one_process_holds_a_run(tmp_path: Path) -> None:

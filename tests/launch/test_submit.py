@@ -35,6 +35,7 @@ def only_run(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
+        (("force=old",), "force: 'old' is not allowed; expected null or new"),
         (("optim.lrr=1",), "optim.lrr: unknown key; did you mean 'lr'?"),
         (("recipe.drop_txt=0.1",), "recipe.drop_txt: unknown key; did you mean 'drop_text'?"),
         (("+recipe.drop_txt=0.1",), "recipe.drop_txt: unknown key; did you mean 'drop_text'?"),
@@ -174,13 +175,15 @@ def test_a_run_is_done_once(submit: Submit, arguments: list[str], tmp_path: Path
     assert submit("batch.micro=4") == 0  # other machines' settings are the same experiment
     assert capsys.readouterr().out == f"{folder} is done; its weights are in {state.weights}\n"
     assert tree(folder / "checkpoints", folder / "attempts") == before
+    assert submit("force=new", "dry_run=true") == 0
+    assert f"run folder: {folder}-g2\nholds:      nothing yet\n" in capsys.readouterr().out
 
 
 def test_a_run_that_is_alive_is_left_alone(submit: Submit, tmp_path: Path, capsys: Capture) -> None:
     assert submit("dry_run=true") == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("run folder: "))
     with hold(Path(line.removeprefix("run folder: "))) as lock:
-        assert lock is not None and submit() == 1
+        assert lock is not None and submit() == 0
     assert "is running already" in capsys.readouterr().err
     assert not (only_run(tmp_path) / "config.yaml").exists()
 

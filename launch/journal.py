@@ -1,0 +1,117 @@
+"""The submit journal: what was about to be submitted, so that no job is lost between sbatch and the record of its id.
+
+`runs/.submits/<uuid>.intent` is written before sbatch is called, and becomes `<uuid>.json` with the id of the job. An
+intent whose submitter has died is settled by the next command that looks: its job is found in the queue by name and
+output, and adopted.
+"""
+
+import json
+import os
+import shutil
+import socket
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from launch import slurm
+from launch.rundir import lock
+from synthos.files import read_json, write_json
+
+FOLDER = ".submits"  # in runs_dir
+IN_FLIGHT_SECONDS = 60  # so long a submission may take effect whose submitter has died
+
+
+class Intent:
+    """One submission, from before sbatch to its record."""
+
+    def __init__(self, path: Path, said: dict[str, Any]) -> None:
+        self.path, self.said = path, said
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.said["folder"])
+
+    def complete(self, job: str) -> None:
+        """Record the job, in the journal and in the run folder."""
+        (self.folder / "slurm" / "job").write_text(job)
+        self._settle({"job": job})
+
+    def refused(self) -> None:
+        """Slurm did not take it: there is nothing to remember."""
+        self.path.unlink()
+
+    def _settle(self, found: dict[str, Any]) -> None:
+        write_json(self.path.with_suffix(".json"), {**self.said, **found, "settled": _now()})
+        self.path.unlink(missing_ok=True)
+
+
+@contextmanager
+def intend(runs_dir: Path, folder: Path) -> Iterator[Intent]:
+    """Write down that the job of the run in `folder`, somewhere in `runs_dir`, is about to be submitted.
+
+    The kernel's lock on the file says that its submitter lives. What ends without `complete` or `refused` stays open.
+    """
+    said = {"folder": str(folder), "host": socket.gethostname(), "pid": os.getpid(), "begun": _now()}
+    path = runs_dir / FOLDER / f"{uuid.uuid4().hex}.intent"
+    path.parent.mkdir(exist_ok=True)
+    part = path.with_suffix(".part")
+    with part.open("w") as file:
+        file.write(json.dumps(said, indent=1))
+        file.flush()
+        lock(file)
+        part.rename(path)
+        yield Intent(path, said)
+
+
+def settle(runs_dir: Path) -> list[tuple[Path, str]]:
+    """Settle what dead submitters have left open; returns the run folders that were given their job, and its id.
+
+    Raises RuntimeError where Slurm does not answer.
+    """
+    adopted: list[tuple[Path, str]] = []
+    if not shutil.which("squeue"):  # the runs may be seen from a machine without Slurm
+        return adopted
+    for intent in _abandoned(runs_dir):
+        found = slurm.job_of(intent.folder)
+        if found:
+            _give_pickle(intent.folder / "slurm", found.job)
+            intent.complete(found.job)
+            adopted.append((intent.folder, found.job))
+        elif not _in_flight(intent):
+            intent._settle({"job": None})
+    return adopted
+
+
+def pending(runs_dir: Path, folder: Path) -> bool:
+    """Whether a submission of this run was cut short just now, so that its job may still appear in the queue."""
+    return any(intent.folder == folder for intent in _abandoned(runs_dir))
+
+
+def _abandoned(runs_dir: Path) -> Iterator[Intent]:
+    for path in sorted((runs_dir / FOLDER).glob("*.intent")):
+        try:
+            with path.open("r+") as file:
+                if lock(file):
+                    yield Intent(path, read_json(path))
+        except FileNotFoundError:  # it has just been settled
+            continue
+
+
+def _in_flight(intent: Intent) -> bool:
+    return time.time() - intent.path.stat().st_mtime < IN_FLIGHT_SECONDS
+
+
+def _give_pickle(folder: Path, job: str) -> None:
+    """What submitit does after sbatch: the pickle gets the name by which the job looks for it."""
+    wanted = folder / f"{job}_submitted.pkl"
+    waiting = [path for path in folder.glob("*.pkl") if "_" not in path.name]
+    if waiting and not wanted.exists():
+        max(waiting, key=lambda path: path.stat().st_mtime).rename(wanted)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
