@@ -13,11 +13,11 @@ from launch.look import Look, look_at
 from launch.runs import all_runs, find_any, runs_root
 from launch.tell import console, duration, new_parser, print_json, table, warn
 
-RECENT_SECONDS = 86400.0  # of runs that are shown unasked though they have ended
+RECENT_SECONDS, RECENT = 86400.0, 30  # age and number of the runs that are shown unasked though they have ended
 
 
 def main(arguments: list[str]) -> int:
-    """Show the runs that are named, or else those alive and those that ended within a day.
+    """Show the runs that are named, or else those alive and the newest that ended within a day.
 
     Returns 1 where a run that was named is in a state that wants a person, or Slurm can't be asked.
     """
@@ -61,10 +61,11 @@ def _look(words: Sequence[str]) -> tuple[list[Look], int, str]:
     """The runs to show, how many older ones are not, and why Slurm could not be asked."""
     folders: list[Path] = find_any(words) if words else all_runs(runs_root())
     looks, problem = look_at(folders)
-    since = 0.0 if words else time.time() - RECENT_SECONDS
-    shown = [one for one in looks if one.alive or one.changed > since]
-    shown.sort(key=lambda one: (not one.alive, -one.changed))
-    return shown, len(looks) - len(shown), problem
+    looks.sort(key=lambda one: (not one.alive, -one.changed))
+    since = time.time() - RECENT_SECONDS
+    ended = [one for one in looks if not one.alive and one.state != "unreadable"]
+    old = set() if words else {one.folder for one in ended[RECENT:]} | {o.folder for o in ended if o.changed < since}
+    return [one for one in looks if one.folder not in old], len(old), problem
 
 
 def _watch(words: Sequence[str], every: float) -> int:
@@ -86,7 +87,7 @@ def _print(looks: Sequence[Look], older: int, problem: str) -> None:
     else:
         print(f"no runs to show in {runs_root()}")
     if older:
-        print(f"{older:,} that ended more than a day ago are not shown: synthos ls")
+        print(f"{older:,} that ended before are not shown: synthos ls")
     if problem:
         warn(f"Slurm: {problem}")
 
