@@ -181,7 +181,8 @@ class _Folder:
     def _ended(self) -> tuple[str, str]:
         """The state of a run whose newest attempt is closed, or that has none."""
         if not self.record:
-            return "prepared", "never started"
+            lost = "lost", f"attempt {self.attempt} ended before it had a record"
+            return lost if self.attempt else ("prepared", "never started")
         status, cause = self.record["status"], self.record["cause"]
         if status == "failed":
             own = self.verdict if self.verdict.get("attempt") == self.attempt else {}

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from launch import squeue
-from launch.attempts import attempt_folder
 from launch.look import look, tail
 from launch.runs import find_one
 from launch.tell import new_parser, print_json, warn
@@ -54,7 +53,7 @@ def log_files(folder: Path, attempt: int, rank: int | None, failed: int | None) 
     if not attempt:
         outputs = sorted((folder / "slurm").glob("*.out"), key=lambda file: file.stat().st_mtime)
         return outputs[-1:]
-    own = attempt_folder(folder, attempt)
+    own = _attempt_folder(folder, attempt)
     if rank is not None:
         file = own / f"rank-{rank:05d}.log"
         if not file.is_file():
@@ -109,7 +108,7 @@ def _grown(folder: Path, rank: int | None, shown: dict[Path, int], lines: int) -
     attempts = _attempts(folder)
     attempt = attempts[-1] if attempts else 0
     if rank is not None and attempt:
-        files = [attempt_folder(folder, attempt) / f"rank-{rank:05d}.log"]
+        files = [_attempt_folder(folder, attempt) / f"rank-{rank:05d}.log"]
     else:
         files = log_files(folder, attempt, None, None)
     for file in files:
@@ -135,6 +134,10 @@ def _read_on(file: Path, offset: int) -> bytes:
         stream.seek(max(offset, 0))
         text = stream.read()
     return text[: text.rfind(b"\n") + 1]
+
+
+def _attempt_folder(folder: Path, attempt: int) -> Path:
+    return failure_file(folder, attempt).parent  # launch.attempts has it too, and torch with it
 
 
 def _attempts(folder: Path) -> list[int]:

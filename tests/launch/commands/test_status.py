@@ -145,6 +145,13 @@ def test_bad_input_is_one_message(runs: Runs, capsys: Capture, words: tuple[str,
     assert shown.out == "" and shown.err.startswith(f"error: {expected}")
 
 
+def test_watching_ends_with_the_run(runs: Runs, capsys: Capture) -> None:
+    runs.finished("a-00000001", "done")
+    runs.finished("b-00000002", "failed", cause="error", step=None)
+    assert synthos("status", "--watch", "a") == 0 and "a-00000001" in capsys.readouterr().out
+    assert synthos("status", "--watch", "b", "--every", "0.1") == 1
+
+
 def test_a_near_miss_is_named(runs: Runs, capsys: Capture) -> None:
     runs.add("photos-0000abcd")
     assert synthos("status", "fotos") == 2
