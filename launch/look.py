@@ -132,8 +132,9 @@ class _Folder:
         if self.job:
             current = is_open and self.record.get("job", "") == self.job.start
             return self._running() if current else ("starting", f"job {self.job.job} on {self.job.nodes}")
-        if (is_open or not self.record) and is_held(self.folder):
-            return self._running() if is_open else ("starting", "")
+        following = self.record.get("next", {})  # what the agent has decided to do after a closed attempt
+        if (is_open or not self.record or following.get("decision") == "restart") and is_held(self.folder):
+            return self._running() if is_open else ("starting", str(following.get("reason", "")))
         if self._unanswered(is_open):
             return "unknown", "Slurm can't be asked about its job"
         if self.cancelled and (self.cancelled["job"], self.cancelled["attempt"]) == (self._last_job(), self.attempt):

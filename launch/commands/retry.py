@@ -1,15 +1,14 @@
-"""`synthos retry`: try again after a failure, with a fresh budget of attempts."""
+"""`synthos retry`: try again after a failure.
 
-import time
+Budgets of restarts count attempts that followed each other by themselves, so what a person starts has a fresh one.
+"""
 
 from launch import squeue
 from launch.commands.resume import changed_config, quietly, start_again
 from launch.look import look
 from launch.runs import find_several
 from launch.tell import new_parser, print_json, warn
-from synthos.files import write_json
 
-RETRY = "retry.json"  # in control/: attempts up to this one no longer count against the run's budget
 RETRIED = ("failed", "lost")
 
 
@@ -24,7 +23,6 @@ def main(arguments: list[str]) -> int:
     for folder in folders:
         one = look(folder, queue)
         if one.state in RETRIED:
-            write_json(folder / "control" / RETRY, {"after_attempt": one.attempt, "time": time.time()})
             config = changed_config(folder, [])
             with quietly(args.json):
                 own = start_again(folder, config, ["synthos", "retry", *arguments], False)
