@@ -9,6 +9,18 @@ from synthos.strict import unknown
 
 VERBS = {  # verb -> ("module:function", what it does)
     "submit": ("launch.commands.submit:main", "train a recipe; the same command again continues the run"),
+    "status": ("launch.commands.status:main", "how runs are at this moment"),
+    "ls": ("launch.commands.status:ls", "list all runs, or those of a group"),
+    "logs": ("launch.commands.logs:main", "what a run printed, the rank that failed first on top"),
+    "stop": ("launch.commands.stop:main", "ask runs to save and end"),
+    "cancel": ("launch.commands.stop:cancel", "end runs now, also those that still wait"),
+    "resume": ("launch.commands.resume:main", "go on with a run, on other machines if asked"),
+    "retry": ("launch.commands.retry:main", "start failed runs again"),
+    "diff": ("launch.commands.diff:main", "how two runs differ: config, code, packages, data"),
+    "explain": ("launch.commands.explain:main", "why a job waits, and what will happen at its limit"),
+    "doctor": ("launch.commands.doctor:main", "what this cluster does to jobs, and a page of configs/cluster for it"),
+    "gc": ("launch.commands.gc:main", "what may be deleted; --yes deletes it"),
+    "wandb sync": ("launch.commands.wandb:main", "send what was logged offline to W&B"),
     "generate": ("launch.commands.generate:main", "make pictures with trained weights"),
     "requests detailmaster": ("launch.commands.detailmaster:main", "write the prompts of DetailMaster as requests"),
     "weights export": ("launch.commands.weights:main", "write a trained projector in the original Wan2.1 naming"),

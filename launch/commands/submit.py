@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int | Callable[[], int]:
         return 0
     if plan.survey.missing:
         raise ValueError("\n".join(plan.survey.missing))
-    return lambda: _start(plan, ["synthos", "submit", *arguments], composed.follow)
+    return lambda: begin(plan, ["synthos", "submit", *arguments], composed.follow)
 
 
 def make_plan(config: RunConfig, dry_run: bool, full: bool = False, new: bool = False) -> Plan:
@@ -77,7 +77,7 @@ def make_plan(config: RunConfig, dry_run: bool, full: bool = False, new: bool = 
     )
 
 
-def _start(plan: Plan, command: list[str], following: bool) -> int:
+def begin(plan: Plan, command: list[str], following: bool) -> int:
     """Start the planned run; returns the exit code."""
     folder = plan.folder
     assert folder is not None, "a submission without missing data has a folder"

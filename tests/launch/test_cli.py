@@ -27,8 +27,9 @@ def test_an_unknown_verb_is_one_message(capsys: pytest.CaptureFixture[str]) -> N
     assert cli.main(["sbmit"]) == 2
     assert capsys.readouterr().err == (
         "error: synthos has no verb 'sbmit'; did you mean 'submit'? "
-        "allowed: data audit, data filter, data index, data plan, data preview, data quarantine, data reshard, "
-        "data stats, data validate, data write, generate, requests detailmaster, submit, weights export\n"
+        "allowed: cancel, data audit, data filter, data index, data plan, data preview, data quarantine, data reshard, "
+        "data stats, data validate, data write, diff, doctor, explain, gc, generate, logs, ls, requests detailmaster, "
+        "resume, retry, status, stop, submit, wandb sync, weights export\n"
     )
 
 

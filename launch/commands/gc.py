@@ -1,0 +1,105 @@
+"""`synthos gc`: what may be deleted of runs that are over. Weights, logs and the newest checkpoint always stay."""
+
+import dataclasses
+import os
+import shutil
+import stat
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.look import Look, look_at
+from launch.rundir import STEP
+from launch.runs import all_runs, find_several, is_held, runs_root
+from launch.tell import console, new_parser, print_json, size, table, warn
+from synthos.train.checkpoint import is_whole
+
+CODE = ".code"  # in the runs' folder: copies of code, shared by runs
+YOUNG_SECONDS = 3600  # a copy of code may be of a run that is just being submitted
+
+
+@dataclass(frozen=True)
+class Waste:
+    """Something that may go."""
+
+    run: str  # "" for what belongs to none
+    kind: str
+    path: str
+    size: int  # bytes
+
+
+def main(arguments: list[str]) -> int:
+    """List what may be deleted, and with --yes delete it; 1 where something could not be looked at or deleted."""
+    parser = new_parser("gc", __doc__, "*")
+    parser.add_argument("--yes", action="store_true", help="delete; without it nothing is touched")
+    args = parser.parse_args(arguments)
+    root = runs_root()
+    folders = find_several(args.runs) if args.runs else all_runs(root)
+    looks, problem = look_at(folders)
+    if problem:  # a run whose job nobody can see may be alive
+        warn(f"error: {problem}; nothing is deleted that may be in use")
+        return 1
+    skipped = [one for one in looks if one.state in ("unknown", "unreadable")]
+    found = [waste for one in looks if not one.alive and one not in skipped for waste in of_run(Path(one.folder), one)]
+    if not args.runs:
+        found += unused_code(root, folders)
+    failed = [problem for waste in found if (problem := _delete(waste))] if args.yes else []
+    for line in [*failed, *(f"{one.name}: left alone, {one.state} ({one.detail})" for one in skipped)]:
+        warn(line)
+    total = sum(waste.size for waste in found)
+    if args.json:
+        told = [dataclasses.asdict(waste) for waste in found]
+        print_json({"deleted": args.yes, "bytes": total, "waste": told, "problems": failed})
+    elif found:
+        console().print(table(["run", "what", ">size", "path"], [(w.run, w.kind, size(w.size), w.path) for w in found]))
+        print(f"{size(total)} {'deleted' if args.yes else 'may go; --yes deletes it'}")
+    else:
+        print("nothing to delete")
+    return int(bool(failed or skipped))
+
+
+def of_run(folder: Path, one: Look) -> Iterator[Waste]:
+    """What may go of a run that has neither job nor process."""
+    checkpoints = sorted((folder / "checkpoints").glob("step_*"))
+    for part in sorted((folder / "checkpoints").glob(".step_*.part")):
+        yield _waste(folder, "unfinished checkpoint", part)
+    whole = [path for path in checkpoints if STEP.fullmatch(path.name) and is_whole(path)]
+    if one.state == "done":
+        for path in whole[:-1]:
+            yield _waste(folder, "old checkpoint", path)
+    for attempt in sorted((folder / "attempts").glob("[0-9]*")):
+        if attempt.is_dir() and not any(attempt.iterdir()):
+            yield _waste(folder, "empty attempt", attempt)
+
+
+def unused_code(root: Path, folders: Sequence[Path]) -> Iterator[Waste]:
+    """Copies of code below `root` that no run leads to, and that are not of this hour."""
+    used = {os.path.realpath(folder / "code") for folder in folders}
+    for path in sorted((root / CODE).glob("*")):
+        old = time.time() - path.stat().st_mtime > YOUNG_SECONDS
+        if path.is_dir() and old and os.path.realpath(path) not in used:
+            yield Waste("", "unused code", str(path), _bytes(path))
+
+
+def _waste(folder: Path, kind: str, path: Path) -> Waste:
+    return Waste(folder.name, kind, str(path), _bytes(path))
+
+
+def _bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file() and not file.is_symlink())
+
+
+def _delete(waste: Waste) -> str:
+    """Delete it; returns what went wrong. A run that came alive meanwhile is left alone."""
+    path = Path(waste.path)
+    if waste.run and is_held(path.parents[1]):
+        return f"{path}: left alone, its run is alive again"
+    try:
+        for folder in (path, *path.rglob("*")):  # copies of code are read-only
+            if folder.is_dir() and not folder.is_symlink():
+                folder.chmod(folder.stat().st_mode | stat.S_IWUSR)
+        shutil.rmtree(path)
+    except OSError as error:
+        return f"{path}: {error.strerror}"
+    return ""

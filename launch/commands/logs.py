@@ -1,0 +1,144 @@
+"""`synthos logs`: what a run printed, the rank that failed first on top."""
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from launch import squeue
+from launch.look import look, tail
+from launch.runs import find_one
+from launch.tell import new_parser, print_json, warn
+from synthos.files import read_json
+from synthos.run import failure_file
+
+POLL_SECONDS = 0.5
+STATE_SECONDS = 5  # between two looks at the queue
+BYTES_PER_LINE = 2000  # of a log, at most, that are read for a line that is shown
+
+
+def main(arguments: list[str]) -> int:
+    """Print the end of a run's logs; returns 1 where there are none."""
+    parser = new_parser("logs", __doc__, "one")
+    parser.add_argument("-f", "--follow", action="store_true", help="go on as they grow, through every attempt")
+    parser.add_argument("--rank", type=int, help="this rank's own log, not what its node printed")
+    parser.add_argument("--attempt", type=int, help="default: the newest")
+    parser.add_argument("--lines", type=int, default=100, help="of each file, from its end; 0: all. Default: 100")
+    args = parser.parse_args(arguments)
+    if args.follow and (args.json or args.attempt is not None):
+        other = "--json" if args.json else "--attempt"
+        raise ValueError(f"--follow, {other}: exclude each other; expected one of the two")
+    folder = find_one(args.run)
+    attempts = _attempts(folder)
+    if args.attempt is not None and args.attempt not in attempts:
+        known = ", ".join(map(str, attempts)) or "none yet"
+        raise ValueError(f"--attempt: {args.attempt} is none of {folder.name}; expected one of {known}")
+    attempt = args.attempt if args.attempt is not None else (attempts[-1] if attempts else 0)
+    if args.follow:
+        return _follow(folder, args.rank, args.lines)
+    failure = read_json(failure_file(folder, attempt)) if attempt else {}
+    files = log_files(folder, attempt, args.rank, failure.get("rank"))
+    if args.json:
+        shown = [{"file": str(file), "lines": _last_lines(file, args.lines)} for file in files]
+        print_json({"run": folder.name, "attempt": attempt, "failure": failure or None, "logs": shown})
+    else:
+        _print(folder, attempt, failure, files, args.lines)
+    return int(not files)
+
+
+def log_files(folder: Path, attempt: int, rank: int | None, failed: int | None) -> list[Path]:
+    """The logs of an attempt: of one rank, or of all nodes after that of the rank that failed first.
+
+    Before the first attempt it is what the job printed. Raises ValueError for a rank that the attempt has not.
+    """
+    if not attempt:
+        outputs = sorted((folder / "slurm").glob("*.out"), key=lambda file: file.stat().st_mtime)
+        return outputs[-1:]
+    own = _attempt_folder(folder, attempt)
+    if rank is not None:
+        file = own / f"rank-{rank:05d}.log"
+        if not file.is_file():
+            ranks = ", ".join(str(int(path.stem.removeprefix("rank-"))) for path in sorted(own.glob("rank-*.log")))
+            raise ValueError(f"--rank: {rank} has no log in attempt {attempt}; expected one of {ranks or 'none yet'}")
+        return [file]
+    first = [own / f"rank-{failed:05d}.log"] if failed is not None else []
+    nodes = sorted(own.glob("node-*.log"))
+    return [file for file in [*first, *(nodes or sorted(own.glob("rank-*.log")))] if file.is_file()]
+
+
+def _print(folder: Path, attempt: int, failure: dict[str, object], files: Sequence[Path], lines: int) -> None:
+    if failure:
+        print(f"attempt {attempt} failed first at rank {failure['rank']}: {failure['message']}")
+    if not files:
+        warn(f"{folder.name} has no logs yet")
+    for file in dict.fromkeys(files):
+        print(f"==> {file} <==", *_last_lines(file, lines), sep="\n")
+
+
+def _last_lines(file: Path, lines: int) -> list[str]:
+    text = tail(file, lines * BYTES_PER_LINE) if lines else file.read_text(errors="replace")
+    return text.splitlines()[-lines:]
+
+
+def _follow(folder: Path, rank: int | None, lines: int) -> int:
+    """Show the logs of the newest attempt, and of each that comes after it, until the run is over."""
+    shown: dict[Path, int] = {}
+    looked, last = float("-inf"), None
+    try:
+        while True:
+            over = False
+            if time.monotonic() - looked > STATE_SECONDS:
+                looked = time.monotonic()
+                one = look(folder, squeue.ask([folder]))
+                over = not one.alive
+            for file, text in _grown(folder, rank, shown, lines):
+                if file != last:
+                    print(f"==> {file} <==")
+                    last = file
+                print(text, end="", flush=True)
+            if over:
+                print(f"{one.name}: {one.state}" + (f", {one.detail}" if one.detail else ""))
+                return int(one.wrong)
+            time.sleep(POLL_SECONDS)
+    except KeyboardInterrupt:
+        return 0
+
+
+def _grown(folder: Path, rank: int | None, shown: dict[Path, int], lines: int) -> Iterator[tuple[Path, str]]:
+    """What is new in the logs of the newest attempt; of one seen for the first time, the end."""
+    attempts = _attempts(folder)
+    attempt = attempts[-1] if attempts else 0
+    if rank is not None and attempt:
+        files = [_attempt_folder(folder, attempt) / f"rank-{rank:05d}.log"]
+    else:
+        files = log_files(folder, attempt, None, None)
+    for file in files:
+        if file not in shown:  # of one that came while it is followed, everything
+            shown[file] = _start(file, lines) if not shown else 0
+        if text := _read_on(file, shown[file]):
+            shown[file] += len(text)
+            yield file, text.decode("utf-8", "replace")
+
+
+def _start(file: Path, lines: int) -> int:
+    """Where the last lines of a file begin; 0 where all are wanted."""
+    if not lines or not file.is_file():
+        return 0
+    return file.stat().st_size - len("\n".join([*_last_lines(file, lines), ""]).encode())
+
+
+def _read_on(file: Path, offset: int) -> bytes:
+    """The whole lines after `offset`."""
+    if not file.is_file():
+        return b""
+    with file.open("rb") as stream:
+        stream.seek(max(offset, 0))
+        text = stream.read()
+    return text[: text.rfind(b"\n") + 1]
+
+
+def _attempt_folder(folder: Path, attempt: int) -> Path:
+    return failure_file(folder, attempt).parent  # launch.attempts has it too, and torch with it
+
+
+def _attempts(folder: Path) -> list[int]:
+    return sorted(int(path.name) for path in (folder / "attempts").glob("[0-9]*") if path.name.isdigit())

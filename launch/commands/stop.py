@@ -1,0 +1,96 @@
+"""`synthos stop`: save and end. `synthos cancel`: end now. Both for runs whose job still waits, too."""
+
+import getpass
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from launch import slurm, squeue
+from launch.look import CANCELLED, Look, look
+from launch.runs import find_several
+from launch.tell import new_parser, print_json, warn
+from synthos.files import write_json
+
+
+def main(arguments: list[str]) -> int:
+    """Ask runs to save and end; one that still waits in the queue does so as soon as it starts."""
+    args = new_parser("stop", "Ask runs to save and end.", "+").parse_args(arguments)
+    folders = find_several(args.runs)
+    queue = squeue.ask(folders)
+    told = []
+    for folder in folders:
+        one = look(folder, queue)
+        asked = one.alive or one.state == "unknown"  # the file is read wherever the run is
+        if asked:
+            write_json(folder / "control" / "stop", {"cause": "stop"})
+        when = "it saves and ends" if one.state != "queued" else "it ends as soon as it has started"
+        told.append(_told(one, asked, when if asked else ""))
+    return _tell(told, args.json)
+
+
+def cancel(arguments: list[str]) -> int:
+    """End runs now, also those whose job still waits. What was saved stays; `synthos resume` goes on from there."""
+    args = new_parser("cancel", "End runs now; `synthos resume` goes on from what was saved last.", "+").parse_args(
+        arguments
+    )
+    folders = find_several(args.runs)
+    queue = squeue.ask(folders)
+    if queue.problem:
+        warn(f"error: {queue.problem}")
+        return 1
+    told = []
+    for folder in folders:
+        one = look(folder, queue)
+        done, what = _end(folder, one, queue.of(folder)) if one.alive else (False, "")
+        told.append(_told(one, done, what))
+    return _tell(told, args.json)
+
+
+def _end(folder: Path, one: Look, jobs: Sequence[squeue.Job]) -> tuple[bool, str]:
+    """End one run; returns whether that was possible, and what was done or why not."""
+    pids = [] if jobs else list(_holders(folder / "control" / "lock"))
+    if not jobs and not pids:
+        return False, f"runs on another machine, without Slurm; expected `synthos stop {folder.name}`"
+    # Before any signal: the agent must not take it for a preemption, nor a successor in the queue go on.
+    record = {"job": jobs[0].job if jobs else "", "attempt": one.attempt, "by": getpass.getuser(), "time": time.time()}
+    write_json(folder / "control" / CANCELLED, record)
+    write_json(folder / "control" / "stop", {"cause": "stop"})
+    if not jobs:
+        for pid in pids:
+            with suppress(ProcessLookupError):  # it was faster
+                os.kill(pid, signal.SIGTERM)
+        return True, f"process {', '.join(map(str, pids))} got SIGTERM, saves and ends"
+    try:
+        done = slurm.ask(["scancel", *(job.job for job in jobs)])
+    except (RuntimeError, FileNotFoundError) as error:
+        return False, str(error)
+    names = ", ".join(job.job for job in jobs)
+    return (False, f"scancel: {slurm.words(done.stderr)}") if done.returncode else (True, f"job {names} is cancelled")
+
+
+def _holders(lock: Path) -> Iterator[int]:
+    """The processes of this machine that have a file open, as /proc tells."""
+    for pid in sorted(int(entry.name) for entry in Path("/proc").glob("[0-9]*")):
+        with suppress(OSError):  # another user's, or it has just ended
+            if any(os.path.samefile(file, lock) for file in Path(f"/proc/{pid}/fd").iterdir() if file.exists()):
+                yield pid
+
+
+def _told(one: Look, done: bool, what: str) -> dict[str, object]:
+    why = f" ({one.detail})" if one.detail else ""
+    said = what if done or what else f"is {one.state}{why}; nothing was done"
+    return {"run": one.name, "folder": one.folder, "state": one.state, "done": done, "what": said}
+
+
+def _tell(told: Sequence[dict[str, object]], as_json: bool) -> int:
+    """Say what was done of each run; returns 1 where nothing could be."""
+    if as_json:
+        print_json({"runs": told})
+    else:
+        for one in told:
+            print(f"{one['run']}: {one['what']}", file=sys.stdout if one["done"] else sys.stderr)
+    return int(not all(one["done"] for one in told))

@@ -1,0 +1,247 @@
+"""How a run is, at this moment: from its verdict, its ledger, its heartbeat, its lock and its job in the queue."""
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from launch import squeue
+from launch.runs import is_held, signature
+from synthos.run import failure_file
+from synthos.schema import GenerateConfig, RunConfig, read_job
+
+STALLED_SECONDS = 60.0  # without a heartbeat, or
+STALLED_STEPS = 3  # so many median steps, whatever is longer
+TAIL_BYTES = 2**16  # of metrics.jsonl: the newest steps
+CANCELLED = "cancelled.json"  # in control/: which job a person cancelled
+ALIVE = ("queued", "starting", "running", "stalled")
+WRONG = ("stalled", "failed", "cancelled", "lost", "unknown", "unreadable")
+READERS = 8  # threads: a folder may be far away
+
+
+@dataclass(frozen=True)
+class Look:
+    """One run; what is not known is None, or empty.
+
+    Attributes:
+        state: queued, starting, running, stalled, stopped, cancelled, failed, done, lost (its attempt was never closed,
+            and neither job nor process is left), prepared (never started), unknown (Slurm can't be asked), unreadable.
+        detail: why, in words.
+        step, last_step: how far it is, in `unit`s.
+        changed: seconds since the epoch when the newest of this was written.
+    """
+
+    name: str
+    group: str
+    signature: str
+    folder: str
+    state: str
+    detail: str
+    step: int | None = None
+    last_step: int | None = None
+    unit: str = "step"
+    images_per_s: float | None = None
+    eta_s: float | None = None
+    heartbeat_age_s: float | None = None
+    attempt: int = 0
+    job: str = ""
+    nodes: str = ""
+    changed: float = 0.0
+
+    @property
+    def alive(self) -> bool:
+        """Whether it has a job or a process."""
+        return self.state in ALIVE
+
+    @property
+    def wrong(self) -> bool:
+        """Whether a person should look at it."""
+        return self.state in WRONG
+
+
+def look_at(folders: Sequence[Path]) -> tuple[list[Look], str]:
+    """Every run, and why Slurm could not be asked about them, if it could not; one squeue in all."""
+    queue = squeue.ask(folders)
+    with ThreadPoolExecutor(READERS) as readers:
+        return list(readers.map(lambda folder: look(folder, queue), folders)), queue.problem
+
+
+def look(folder: Path, queue: squeue.Queue) -> Look:
+    """One run."""
+    try:
+        return _Folder(folder, queue).look()
+    except (OSError, ValueError, KeyError, TypeError) as error:  # a damaged file of one run hides no other
+        return Look(folder.name, folder.parent.name, signature(folder), str(folder), "unreadable", f"{error}")
+
+
+class _Folder:
+    """The small files of one run folder. Raises OSError and ValueError for what can't be read."""
+
+    def __init__(self, folder: Path, queue: squeue.Queue) -> None:
+        self.folder, self.problem = folder, queue.problem
+        control = folder / "control"
+        self.numbers = sorted(int(name) for name in _names(folder / "attempts") if name.isdigit())
+        self.attempt = self.numbers[-1] if self.numbers else 0
+        path = folder / "attempts" / f"{self.attempt:04d}" / "attempt.json"
+        self.record = _read(path) if self.attempt else {}
+        self.verdict, self.beat = _read(control / "verdict.json"), _read(control / "heartbeat.json")
+        self.cancelled = _read(control / CANCELLED)
+        jobs = queue.of(folder)
+        running = [job for job in jobs if not job.pending]
+        self.job = (running or jobs or [None])[0]
+        self.submitted = folder / "slurm" / "job"
+        files = [path, control / "verdict.json", control / "heartbeat.json", self.submitted, folder / "config.yaml"]
+        self.changed = max(_time(file) for file in files)
+
+    def look(self) -> Look:
+        state, detail = self._state()
+        beat = self.beat if self.beat.get("attempt") == self.attempt else {}
+        shown = state in ("running", "stalled") and beat
+        step = beat.get("step") if shown else self.record.get("end_step")
+        return Look(
+            name=self.folder.name,
+            group=self.folder.parent.name,
+            signature=signature(self.folder),
+            folder=str(self.folder),
+            state=state,
+            detail=detail,
+            step=step if step is not None else self.beat.get("step"),
+            last_step=self.beat.get("last_step"),
+            unit=self.beat.get("unit", "step"),
+            images_per_s=beat.get("images_per_s") if shown else None,
+            eta_s=beat.get("eta_s") if state == "running" and beat else None,
+            heartbeat_age_s=round(time.time() - beat["time"], 1) if shown else None,
+            attempt=self.attempt,
+            job=self.job.job if self.job else _text(self.submitted),
+            nodes=self.job.nodes if self.job else "",
+            changed=self.changed,
+        )
+
+    def _state(self) -> tuple[str, str]:
+        """The run's state, and why."""
+        if self.job and self.job.pending:
+            again = f", again after attempt {self.attempt}" if self.attempt else ""
+            return "queued", f"{self.job.reason}{again}"
+        is_open = bool(self.record) and "ended" not in self.record
+        if self.job:
+            current = is_open and self.record.get("job", "") == self.job.start
+            return self._running() if current else ("starting", f"job {self.job.job} on {self.job.nodes}")
+        following = self.record.get("next", {})  # what the agent has decided to do after a closed attempt
+        if (is_open or not self.record or following.get("decision") == "restart") and is_held(self.folder):
+            return self._running() if is_open else ("starting", str(following.get("reason", "")))
+        if self._unanswered(is_open):
+            return "unknown", "Slurm can't be asked about its job"
+        if self.cancelled and (self.cancelled["job"], self.cancelled["attempt"]) == (self._last_job(), self.attempt):
+            what = f"job {self.cancelled['job']}" if self.cancelled["job"] else f"attempt {self.attempt}"
+            return "cancelled", f"{what} by {self.cancelled['by']}"
+        if is_open:
+            where = f"on {self.record['host']}, process {self.record['pid']}"
+            return "lost", f"attempt {self.attempt} {where} was never closed, and no job and no process is left"
+        if self._waits():
+            return "lost", f"job {_text(self.submitted)} left the queue without an attempt; see {self.folder / 'slurm'}"
+        return self._ended()
+
+    def _unanswered(self, is_open: bool) -> bool:
+        """Whether only Slurm could tell: an attempt of a job is open, or a job was submitted after the last one."""
+        return bool(self.problem) and ((is_open and bool(self.record.get("job"))) or self._waits())
+
+    def _waits(self) -> bool:
+        """Whether a job was submitted that has opened no attempt."""
+        job = _text(self.submitted)
+        if not job or self.record.get("job", "").split(".")[0] == job:
+            return False
+        return not self.record or _time(self.submitted) > datetime.fromisoformat(self.record["started"]).timestamp()
+
+    def _last_job(self) -> str:
+        """Slurm's id of the job that the run had last; empty where it was none."""
+        return _text(self.submitted) if self._waits() else str(self.record.get("job", "")).split(".")[0]
+
+    def _running(self) -> tuple[str, str]:
+        if self.beat.get("attempt") != self.attempt:
+            return "starting", f"no step of attempt {self.attempt} yet"
+        age = time.time() - self.beat["time"]
+        if age > STALLED_SECONDS and age > STALLED_STEPS * self._step_seconds():
+            return "stalled", f"no heartbeat for {age:.0f} s (a long validation or save has none either)"
+        return "running", ""
+
+    def _step_seconds(self) -> float:
+        """Median time of the newest steps, or of a call that makes pictures."""
+        config = read_job(self.folder / "config.yaml")
+        if isinstance(config, GenerateConfig):
+            return config.micro * config.ranks / max(self.beat["images_per_s"], 1e-9)
+        assert isinstance(config, RunConfig)
+        rates = step_rates(self.folder / "metrics.jsonl") or [self.beat["images_per_s"]]
+        return config.batch.size / max(median(rates), 1e-9)
+
+    def _ended(self) -> tuple[str, str]:
+        """The state of a run whose newest attempt is closed, or that has none."""
+        if not self.record:
+            lost = "lost", f"attempt {self.attempt} ended before it had a record"
+            return lost if self.attempt else ("prepared", "never started")
+        status, cause = self.record["status"], self.record["cause"]
+        if status == "failed":
+            own = self.verdict if self.verdict.get("attempt") == self.attempt else {}
+            told = _read(failure_file(self.folder, self.attempt)) or own
+            where = f"rank {told['rank']}: " if "rank" in told else ""
+            return "failed", f"{where}{told.get('message') or cause}"
+        return str(status), "" if status == "done" else str(cause)
+
+
+def step_rates(metrics: Path) -> list[float]:
+    """Samples per second of the newest steps."""
+    rates = []
+    for line in tail(metrics, TAIL_BYTES).splitlines():
+        if '"train/samples_per_s"' in line and line.startswith("{") and line.endswith("}"):
+            rates.append(float(json.loads(line)["train/samples_per_s"]))
+    return rates
+
+
+def tail(path: Path, size: int) -> str:
+    """The last `size` bytes of a text file; empty where there is none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - size))
+            return file.read().decode("utf-8", "replace")
+    except FileNotFoundError:
+        return ""
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON file of a run folder, empty where there is none. Unlike `read_json` it lists no folder: with thousands of
+    runs that is most of the time, and a person looks again anyway."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is damaged: {value!r} is no object")
+    return value
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except FileNotFoundError:
+        return []
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except FileNotFoundError:
+        return ""
+
+
+def _time(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0

@@ -1,0 +1,58 @@
+"""What will happen to a job: the signals that reach it, and whether a save fits between them and its end."""
+
+from dataclasses import dataclass
+
+from launch.site import Partition, Site
+from launch.tell import duration
+
+
+@dataclass(frozen=True)
+class Ending:
+    """One way in which Slurm ends a job.
+
+    Attributes:
+        cause: time limit, preemption, cancel, node failure.
+        signal: the first that arrives; empty where none does.
+        seconds: from there to SIGKILL, at least.
+        then: what Slurm does with the job.
+    """
+
+    cause: str
+    signal: str
+    seconds: int
+    then: str
+
+    def fits(self, save_seconds: float | None, step_seconds: float | None) -> bool | None:
+        """Whether a step and a save fit; None where it is not known how long they take."""
+        if save_seconds is None:
+            return None
+        return self.seconds >= save_seconds + (step_seconds or 0.0)
+
+    def words(self) -> str:
+        if not self.signal:
+            return f"no signal; {self.then}"
+        return f"{self.signal}, SIGKILL {duration(self.seconds)} later; {self.then}"
+
+
+def endings(site: Site, partition: Partition | None, notice_seconds: int) -> list[Ending]:
+    """How jobs of a partition end that get SIGUSR2 so long before their limit."""
+    wait = site.kill_wait_seconds
+    over = site.number("OverTimeLimit") or 0
+    found = [
+        Ending("time limit", "SIGUSR2", notice_seconds + over * 60 + wait, "Slurm ends the job"),
+        Ending("cancel", "SIGTERM", wait, "Slurm ends the job"),
+    ]
+    if partition and preemptible(site, partition):
+        signal = "SIGUSR2" if site.user_signal else "SIGTERM"
+        mode = partition.preempt_mode.split(",")[-1]
+        then = "Slurm requeues the job" if mode == "REQUEUE" else f"the job is preempted ({mode})"
+        found.append(Ending("preemption", signal, partition.grace_seconds + wait, then))
+    return [*found, Ending("node failure", "", 0, "Slurm requeues the job")]  # which asks for it: sbatch --requeue
+
+
+def preemptible(site: Site, partition: Partition) -> bool:
+    """Whether other jobs may take this partition's nodes from its jobs."""
+    kind = site.settings.get("PreemptType", "")
+    if kind in ("", "preempt/none") or partition.preempt_mode in ("OFF", ""):
+        return False
+    return "partition" not in kind or any(other.tier > partition.tier for other in site.partitions)

@@ -1,0 +1,173 @@
+"""`synthos status` and `ls`: what is said of a run is what its files, its lock and its job say."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from launch.rundir import hold
+from tests.launch.commands.conftest import Runs, age_heartbeat, synthos
+
+Capture = pytest.CaptureFixture[str]
+
+
+def look(capsys: Capture, *words: str) -> tuple[int, dict[str, dict[str, object]]]:
+    """The exit code of a status, and the runs it tells of by name."""
+    capsys.readouterr()
+    code = synthos("status", "--json", *words)
+    told = json.loads(capsys.readouterr().out)
+    assert set(told) == {"runs", "slurm"}
+    return code, {run["name"]: run for run in told["runs"]}
+
+
+def test_runs_that_are_over(runs: Runs, capsys: Capture) -> None:
+    runs.finished("a-00000001", "done")
+    runs.finished("b-00000002", "stopped", cause="notice", step=40)
+    failed = runs.finished("c-00000003", "failed", cause="error", step=None, rank=3, message="RuntimeError: [odd] link")
+    runs.add("d-00000004")
+    code, told = look(capsys)
+    assert code == 0  # nobody asked for one of them
+    assert {name: run["state"] for name, run in told.items()} == {
+        "a-00000001": "done", "b-00000002": "stopped", "c-00000003": "failed", "d-00000004": "prepared",
+    }  # fmt: skip
+    assert (told["b-00000002"]["detail"], told["b-00000002"]["step"]) == ("notice", 40)
+    assert told["c-00000003"]["detail"] == "rank 3: RuntimeError: [odd] link"
+    assert look(capsys, "a")[0] == 0 and look(capsys, str(failed))[0] == 1
+    assert synthos("status", "c") == 1
+    shown = capsys.readouterr().out
+    assert "FAILED" in shown and "rank 3: RuntimeError: [odd] link" in shown
+
+
+def test_a_run_with_a_process(runs: Runs, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = runs.add("a-00000001")
+    number = runs.begin(folder)
+    with hold(folder):
+        assert look(capsys, "a")[1]["a-00000001"]["state"] == "starting"
+        runs.begin(folder, 7)
+        told = look(capsys, "a")[1]["a-00000001"]
+        assert (told["state"], told["step"], told["last_step"], told["images_per_s"]) == ("running", 7, 100, 16.0)
+        assert told["eta_s"] == 50.0 and told["attempt"] == number + 1
+        age_heartbeat(monkeypatch, 59)
+        assert look(capsys, "a")[1]["a-00000001"]["state"] == "running"
+        age_heartbeat(monkeypatch, 3)
+        code, stalled = look(capsys, "a")
+        assert (code, stalled["a-00000001"]["state"], stalled["a-00000001"]["eta_s"]) == (1, "stalled", None)
+
+
+def test_slow_steps_are_no_stall(runs: Runs, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The median step takes 40 s, so 3 x 40 s may pass; one step that took far longer changes nothing."""
+    folder = runs.add("a-00000001")
+    lines = [{"step": 1, "train/samples_per_s": 8 / 4000}] + [
+        {"step": s, "train/samples_per_s": 8 / 40} for s in (2, 3)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "train/')
+    runs.begin(folder, 3)
+    with hold(folder):
+        age_heartbeat(monkeypatch, 115)
+        assert look(capsys, "a")[1]["a-00000001"]["state"] == "running"
+        age_heartbeat(monkeypatch, 10)
+        assert look(capsys, "a")[1]["a-00000001"]["state"] == "stalled"
+
+
+def test_a_record_that_nobody_closed(runs: Runs, capsys: Capture) -> None:
+    folder = runs.add("a-00000001")
+    runs.begin(folder, 5)
+    code, told = look(capsys, "a")
+    assert (code, told["a-00000001"]["state"]) == (1, "lost")
+    assert "attempt 1 on " in str(told["a-00000001"]["detail"]) and "no process is left" in str(
+        told["a-00000001"]["detail"]
+    )
+
+
+def test_without_slurm_a_job_is_unknown_not_lost(
+    runs: Runs, capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    folder = runs.add("a-00000001")
+    (folder / "slurm").mkdir()
+    (folder / "slurm" / "job").write_text("17")
+    assert look(capsys, "a")[1]["a-00000001"]["state"] == "unknown"
+    runs.begin(folder, 5, job="17.0")
+    code, told = look(capsys, "a")
+    assert (code, told["a-00000001"]["state"], told["a-00000001"]["job"]) == (1, "unknown", "17")
+    with hold(folder):  # its lock tells that much
+        assert look(capsys, "a")[1]["a-00000001"]["state"] == "running"
+    synthos("status", "a")
+    assert "there is no squeue on PATH here" in capsys.readouterr().err
+
+
+def test_one_damaged_folder_hides_no_other(runs: Runs, capsys: Capture) -> None:
+    runs.finished("a-00000001", "done")
+    damaged = runs.finished("b-00000002", "done")
+    (damaged / "control" / "verdict.json").write_text('{"status": "do')
+    code, told = look(capsys, "i2i")
+    assert (code, told["a-00000001"]["state"], told["b-00000002"]["state"]) == (1, "done", "unreadable")
+    assert f"{damaged / 'control' / 'verdict.json'} is damaged" in str(told["b-00000002"]["detail"])
+
+
+def test_what_ended_long_ago_is_counted_and_listed(
+    runs: Runs, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(3):
+        runs.finished(f"a-0000000{number}", "done", group=f"group{number % 2}")
+    now = time.time
+    monkeypatch.setattr("launch.commands.status.time.time", lambda: now() + 2 * 86400)
+    assert synthos("status") == 0
+    assert "3 that ended before are not shown: synthos ls" in capsys.readouterr().out
+    assert synthos("ls", "--json") == 0
+    assert len(json.loads(capsys.readouterr().out)["runs"]) == 3
+    assert synthos("ls", "group1") == 0
+    shown = capsys.readouterr().out
+    assert "a-00000001" in shown and "a-00000000" not in shown
+    assert synthos("ls", "group7") == 2
+    assert "expected one of group0, group1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("status", "i2k"), "i2k: no run in "),
+        (("status", "--watch", "--json"), "--watch, --json: one document is printed once"),
+        (("stop", "a"), "a: means 2 runs; expected one of i2i/a-00000001, i2i/a-00000002"),
+        (("logs", "i2i"), "i2i: means 3 runs; expected one of i2i/a-00000001, i2i/a-00000002, i2i/b-00000003"),
+        (("logs", "/no/where"), "/no/where: no such folder"),
+        (("logs", "/"), "/ is no run folder: it has no config.yaml"),
+        (("logs", "424242"), "424242: no run in "),
+        (("diff", "b", "c"), "c: no run in "),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_message(runs: Runs, capsys: Capture, words: tuple[str, ...], expected: str) -> None:
+    for name in ("a-00000001", "a-00000002", "b-00000003"):
+        runs.add(name)
+    assert synthos(*words) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.startswith(f"error: {expected}")
+
+
+def test_watching_ends_with_the_run(runs: Runs, capsys: Capture) -> None:
+    runs.finished("a-00000001", "done")
+    runs.finished("b-00000002", "failed", cause="error", step=None)
+    assert synthos("status", "--watch", "a") == 0 and "a-00000001" in capsys.readouterr().out
+    assert synthos("status", "--watch", "b", "--every", "0.1") == 1
+
+
+def test_a_near_miss_is_named(runs: Runs, capsys: Capture) -> None:
+    runs.add("photos-0000abcd")
+    assert synthos("status", "fotos") == 2
+    assert "did you mean 'photos'? `synthos ls` lists all 1" in capsys.readouterr().err
+
+
+def test_every_name_of_a_run(runs: Runs, capsys: Capture) -> None:
+    folder = runs.add("photos-0000abcd-g2", "mine")
+    (folder / "slurm").mkdir()
+    (folder / "slurm" / "31.out").touch()
+    (folder / "slurm" / "job").write_text("32")
+    for word in ("photos", "photos-0000abcd-g2", "0000abcd", "mine", "31", "32", str(folder)):
+        assert list(look(capsys, word)[1]) == ["photos-0000abcd-g2"]
+
+
+def test_no_folder_of_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setenv("SYNTHOS_RUNS", str(tmp_path / "none"))
+    assert synthos("status") == 2
+    assert f"{tmp_path / 'none'} can't be read: No such file or directory" in capsys.readouterr().err
