@@ -11,7 +11,8 @@ import torch.distributed as dist
 
 from synthos.train.distributed import World
 
-CAUSES = ("", "stop", "notice", "interrupt", "terminate")  # of rising rank; an index travels between ranks
+# Of rising rank, so that a wish of a person is not lost in a signal; an index travels between ranks.
+CAUSES = ("", "drain", "notice", "terminate", "stop", "interrupt")
 SIGNALS = {  # SIGUSR2 is Slurm's notice of the time limit, and on some sites of preemption
     signal.SIGINT: "interrupt",
     signal.SIGTERM: "terminate",
@@ -46,7 +47,7 @@ class Stop:
         """The cause all ranks stop for now, or "" to go on; collective."""
         if self.world.is_main and time.monotonic() - self.polled > self.POLL_SECONDS:
             self.polled = time.monotonic()
-            self.code = max(self.code, self._read_file())
+            self.code = max(self.code, CAUSES.index(read_cause(self.file)))
         code = self.world.reduce(torch.tensor(self.code), dist.ReduceOp.MAX)
         return CAUSES[int(code)]
 
@@ -57,11 +58,13 @@ class Stop:
         self.interrupted = cause == "interrupt" or self.interrupted
         self.code = max(self.code, CAUSES.index(cause))
 
-    def _read_file(self) -> int:
-        try:
-            cause = json.loads(self.file.read_text() or "{}").get("cause", "stop")
-        except FileNotFoundError:
-            return 0
-        except (ValueError, AttributeError):
-            cause = "stop"
-        return CAUSES.index(cause) if cause in CAUSES[1:] else CAUSES.index("stop")
+
+def read_cause(file: Path) -> str:
+    """The cause that `control/stop` names, or "" where there is no such file; what is none is the wish of a person."""
+    try:
+        cause = json.loads(file.read_text() or "{}").get("cause", "stop")
+    except FileNotFoundError:
+        return ""
+    except (ValueError, AttributeError):
+        cause = "stop"
+    return cause if cause in CAUSES[1:] else "stop"
