@@ -17,10 +17,9 @@ from typing import Any
 from launch import render, slurm
 from launch.compose import CHECKOUT
 from launch.rundir import git_facts, read_state
-from synthos.files import read_json, write_json
+from synthos.files import read_cause, read_json, write_json
 from synthos.run import read_verdict
 from synthos.schema import RunConfig, read_job
-from synthos.train.stop import read_cause
 
 SIGNAL_CAUSES = ("interrupt", "terminate", "notice", "drain")  # of one attempt: the next knows nothing of them
 EXIT_CODES = {"interrupt": 130, "terminate": 143}  # 128 + the signal's number, as shells have it

@@ -16,9 +16,8 @@ from typing import Any
 from launch import attempts, render, slurm
 from launch.decision import Decision, bad_nodes, decide
 from launch.rundir import hold, read_state
-from synthos.files import read_json, write_json
+from synthos.files import read_cause, read_json, write_json
 from synthos.schema import ClusterConfig, JobConfig, read_job
-from synthos.train.stop import read_cause
 
 ORPHAN_SECONDS = 600  # for ranks whose agent was killed: they save and end
 LIMIT_SLACK_SECONDS = 120  # Slurm's notice comes up to a minute early

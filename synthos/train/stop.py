@@ -1,6 +1,5 @@
 """One stop protocol: whatever asks a run to end sets a flag; the ranks agree on the step at which they obey."""
 
-import json
 import signal
 import time
 from pathlib import Path
@@ -9,10 +8,9 @@ from types import FrameType, TracebackType
 import torch
 import torch.distributed as dist
 
+from synthos.files import CAUSES, read_cause
 from synthos.train.distributed import World
 
-# Of rising rank, so that a wish of a person is not lost in a signal; an index travels between ranks.
-CAUSES = ("", "drain", "notice", "terminate", "stop", "interrupt")
 SIGNALS = {  # SIGUSR2 is Slurm's notice of the time limit, and on some sites of preemption
     signal.SIGINT: "interrupt",
     signal.SIGTERM: "terminate",
@@ -57,14 +55,3 @@ class Stop:
             raise KeyboardInterrupt
         self.interrupted = cause == "interrupt" or self.interrupted
         self.code = max(self.code, CAUSES.index(cause))
-
-
-def read_cause(file: Path) -> str:
-    """The cause that `control/stop` names, or "" where there is no such file; what is none is the wish of a person."""
-    try:
-        cause = json.loads(file.read_text() or "{}").get("cause", "stop")
-    except FileNotFoundError:
-        return ""
-    except (ValueError, AttributeError):
-        cause = "stop"
-    return cause if cause in CAUSES[1:] else "stop"

@@ -11,9 +11,9 @@ import pytest
 
 from launch import attempts
 from launch.decision import CRASHES, ENDS, MOVES, bad_nodes, decide
+from synthos.files import CAUSES as ASKED
 from synthos.files import read_json
 from synthos.schema import ClusterConfig
-from synthos.train.stop import CAUSES as ASKED
 from tests.launch.test_attempts import leave_verdict
 from tests.support import compose_for_test
 

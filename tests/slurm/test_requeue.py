@@ -22,7 +22,8 @@ from tests.support import ROOT
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 # Stopped by the test, far from its last step; every event finds a checkpoint that is newer than the one before.
 LONG = ("optim.steps=4000", "validate.every=null", "validate.samples=0", "validate.from_split=0", "checkpoint.every=5")
-NODES = ("cluster=practice", "nodes=2", "gpus_per_node=1", "cluster.notice_seconds=20")
+TWO_NODES = ("nodes=2", "gpus_per_node=1")
+ONE_NODE = ("nodes=1", "gpus_per_node=2")  # starts sooner
 
 
 class Run:
@@ -30,7 +31,7 @@ class Run:
 
     def __init__(self, bench: Bench, name: str, *overrides: str) -> None:
         self.bench, self.name, self.cluster = bench, name, bench.cluster
-        done = bench.submit(name, *NODES, *LONG, *overrides)
+        done = bench.submit(name, "cluster=practice", "cluster.notice_seconds=20", *LONG, *overrides)
         assert done.returncode == 0, done.stdout + done.stderr
         self.folder = bench.run(name)
         by_hand = "cluster.backend=sbatch" in overrides
@@ -96,7 +97,7 @@ def time_limit(run: Run) -> None:
 
 
 def preemption(run: Run) -> None:
-    urgent = ("--partition=urgent", "--gres=gpu:2", "--nodes=2", f"--nodelist={','.join(run.nodes())}", "--wrap=true")
+    urgent = ("--partition=urgent", "--gres=gpu:2", f"--nodelist={','.join(run.nodes())}", "--wrap=true")
     run.cluster.submit(*urgent)
     run.ended(len(run.records()))
     run.starts_now()
@@ -121,11 +122,12 @@ def requeue(run: Run) -> None:
 
 
 def node_down(run: Run) -> None:
+    """Its daemon is gone as well, or it would be back at once."""
     node = run.nodes()[-1]
+    os.kill(int((run.cluster.folder / "pid" / node).read_text()), signal.SIGKILL)
     run.cluster.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
-    run.ended(len(run.records()))
-    run.wait(lambda: run.bench.state(run.job) == "PENDING", "a requeue")
-    run.cluster.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
+    assert run.ended(len(run.records()))["bad_nodes"] == [node]
+    run.cluster.practice("up")
     run.starts_now()
 
 
@@ -155,6 +157,8 @@ def bench(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 def uninterrupted(bench: Bench, steps: int) -> list[tuple[int, float]]:
     """The losses of the same run on two ranks of this machine, as far as they are wanted."""
+    if list((bench.folder / "local").glob("*/*/metrics.jsonl")) and len(done := bench.losses("local")) >= steps:
+        return done
     shape = ["cluster=local", "cluster.device=cpu", "cluster.threads=1", "gpus_per_node=2"]
     folders = [f"runs_dir={bench.folder / 'local'}", f"cache_dir={bench.folder / 'cache'}"]
     command = [sys.executable, "launch/submit.py", *SHAPE, *folders, *LONG, *shape]
@@ -184,7 +188,7 @@ def uninterrupted(bench: Bench, steps: int) -> list[tuple[int, float]]:
 def test_a_run_goes_on_at_exactly_the_next_step(
     bench: Bench, backend: str, events: list[Event], causes: list[str]
 ) -> None:
-    run = Run(bench, backend, f"cluster.backend={backend}")
+    run = Run(bench, backend, f"cluster.backend={backend}", *(TWO_NODES if backend == "submitit" else ONE_NODE))
     times = []
     for number, event in enumerate(events, start=1):
         run.goes_on(number)
@@ -213,7 +217,7 @@ def test_a_run_goes_on_at_exactly_the_next_step(
 
 def test_a_chain_goes_on_without_requeue_and_ends_with_the_run(bench: Bench) -> None:
     """Drained twice by SIGUSR2, then stopped: each job is another one, and none is left in the queue."""
-    run = Run(bench, "chain", "cluster.requeue=chain")
+    run = Run(bench, "chain", "cluster.requeue=chain", *ONE_NODE)
     jobs = []
     for number in (1, 2):
         run.goes_on(number)
@@ -237,7 +241,7 @@ def test_a_chain_goes_on_without_requeue_and_ends_with_the_run(bench: Bench) -> 
 
 def test_a_save_that_is_slower_than_the_grace_is_warned_of(bench: Bench) -> None:
     """The practice cluster gives 10 s and then 10 s."""
-    overrides = (*NODES, "+cluster.sbatch.hold=true")
+    overrides = ("cluster=practice", *ONE_NODE, "+cluster.sbatch.hold=true")
     assert bench.submit("grace", *overrides).returncode == 0
     folder = bench.run("grace")
     bench.cluster.run("scancel", (folder / "slurm" / "job").read_text())
