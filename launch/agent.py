@@ -23,6 +23,7 @@ from launch.place import (
     find_meeting,
     free_port,
     interface_of,
+    node_names,
     own_address,
     slurm_place,
 )
@@ -123,9 +124,10 @@ def meet(folder: Path, config: JobConfig, place: Place) -> tuple[Meeting, list[s
         meeting = find_meeting(folder, place)
         return meeting, ranks_command(config, folder, place, meeting)
     host, port = ("localhost", 0) if place.alone else (own_address(os.environ), free_port())
-    meeting = Meeting(place.job, 0, host, port)
+    meeting = Meeting(place.start, 0, host, port)
     command = ranks_command(config, folder, place, meeting)
-    meeting = dataclasses.replace(meeting, attempt=attempts.begin(folder, command, job=place.job))
+    nodes = node_names(os.environ) if place.job else []
+    meeting = dataclasses.replace(meeting, attempt=attempts.begin(folder, command, job=place.job, nodes=nodes))
     if not place.alone:
         announce(folder, meeting)
     return meeting, command
@@ -156,7 +158,7 @@ def ranks_command(config: JobConfig, folder: Path, place: Place, meeting: Meetin
         f"--nnodes={place.nodes}",
         "--rdzv-backend=c10d",
         f"--rdzv-endpoint={meeting.host}:{meeting.port}",
-        f"--rdzv-id={place.job}",  # another one for each start: what is left of an earlier one can't join
+        f"--rdzv-id={place.start}",  # another one for each start: what is left of an earlier one can't join
         f"--rdzv-conf=is_host={int(place.first)}",  # else each would compare host names
         f"--local-addr={own_address(os.environ)}",
         *rank,
@@ -230,7 +232,8 @@ def wait(
             return
         if signals and not asked:
             asked = True
-            write_json(folder / "control" / "stop", {"cause": CAUSES[signals[0]]})
+            if not attempts.asked_to_stop(folder):  # which says more
+                write_json(folder / "control" / "stop", {"cause": CAUSES[signals[0]]})
             print("stopping: the ranks finish their step and save; Ctrl-C again kills them", file=sys.stderr)
         if patience == float("inf") and time.monotonic() - looked > LOOK_SECONDS:
             looked = time.monotonic()

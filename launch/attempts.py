@@ -1,35 +1,46 @@
-"""The ledger of a run: one record per attempt, opened when it starts and closed with how it ended."""
+"""The ledger of a run: one record per attempt, opened when it starts and closed with how it ended.
 
+A record is never deleted, and one at most is open, without `ended`. What a closed one says: `status` (done, stopped,
+failed), `cause`, `message`, `end_step`, `samples` (images before and after it), `checkpoint_in` and `checkpoint_out`
+(steps), `bad_nodes` (which failed), and `next`, what was decided to come after it.
+"""
+
+import json
 import os
 import socket
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from launch import snapshot
+from launch import render, slurm, snapshot
 from launch.compose import CHECKOUT
 from launch.provenance import environment_facts
 from launch.rundir import read_state
-from synthos.files import read_json, write_json
+from synthos.files import read_cause, read_json, write_json
 from synthos.run import read_verdict
+from synthos.schema import RunConfig, read_job
 
-SIGNAL_CAUSES = ("interrupt", "terminate", "notice")
+SIGNAL_CAUSES = ("interrupt", "terminate", "notice", "drain")  # of one attempt: the next knows nothing of them
 EXIT_CODES = {"interrupt": 130, "terminate": 143}  # 128 + the signal's number, as shells have it
+NO_VERDICT = "the processes ended without a verdict"
 
 
-def begin(folder: Path, command: list[str], checkout: Path = CHECKOUT, job: str = "") -> int:
-    """Open the next attempt, with the code it runs; returns its number.
+def begin(folder: Path, command: list[str], checkout: Path = CHECKOUT, job: str = "", nodes: Sequence[str] = ()) -> int:
+    """Open the next attempt, with the code it runs; returns its number. What an earlier one left open is closed.
 
     A signal that stopped an earlier one is forgotten. What a person wrote to `control/stop` since the run was submitted
     is not: it may have been meant for a job that was still waiting.
 
-    `job` is Slurm's id of the job and its restart count, if there is one.
+    `job` is Slurm's id of the job and its restart count, if there is one; `nodes` are the names of its nodes.
     """
+    _close_lost(folder, job)
     stop = folder / "control" / "stop"
-    if stop.is_file() and stop.read_text() and read_json(stop).get("cause") in SIGNAL_CAUSES:
+    if stop.is_file() and not asked_to_stop(folder):
         stop.unlink()
-    number = read_state(folder).attempts + 1
+    state = read_state(folder)
+    number = state.attempts + 1
     while not _claim(attempt_folder(folder, number)):
         number += 1
     tree = snapshot.tree_name(folder)
@@ -39,20 +50,23 @@ def begin(folder: Path, command: list[str], checkout: Path = CHECKOUT, job: str 
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "job": job,
+        "nodes": list(nodes) or [socket.gethostname()],
         "command": command,
         "tree": tree,
         "commit": code["commit"],
         "changed": code["changed"],
         "environment": environment_facts(),
         "started": _now(),
-        "start_step": read_state(folder).step or 0,
+        "start_step": state.step or 0,
+        "checkpoint_in": state.step,
+        "logs": _logs(number, job),
     }
     write_json(attempt_folder(folder, number) / "attempt.json", record)
     return number
 
 
 def end(folder: Path, number: int, patience_seconds: float = 0) -> dict[str, Any]:
-    """Close an attempt with the verdict that its ranks left; one that left none has failed.
+    """Close an attempt with the verdict that its ranks left; one that left none was killed.
 
     A shared folder may show late what a rank of another node has written: so long it is waited for.
     """
@@ -61,12 +75,57 @@ def end(folder: Path, number: int, patience_seconds: float = 0) -> dict[str, Any
         time.sleep(0.2)
         verdict = read_verdict(folder)
     if verdict.get("attempt") != number:
-        message = "the processes ended without a verdict"
-        verdict = {"status": "failed", "cause": "crash", "step": None, "attempt": number, "message": message}
-    path = attempt_folder(folder, number) / "attempt.json"
-    ending = {"ended": _now(), "status": verdict["status"], "cause": verdict["cause"], "end_step": verdict["step"]}
-    write_json(path, read_json(path) | ending)
+        verdict = {"status": "failed", "cause": "killed", "step": None, "attempt": number, "message": NO_VERDICT}
+    _close(folder, number, verdict)
     return verdict
+
+
+def amend(folder: Path, number: int, **known: Any) -> None:
+    """Write into the record of an attempt what became known of it."""
+    path = attempt_folder(folder, number) / "attempt.json"
+    write_json(path, read_json(path) | known)
+
+
+def _close(folder: Path, number: int, verdict: dict[str, Any]) -> None:
+    record = read_json(attempt_folder(folder, number) / "attempt.json")
+    step = verdict["step"] if verdict["step"] is not None else last_step(folder, number) or record["start_step"]
+    batch = _batch_size(folder)
+    amend(
+        folder,
+        number,
+        ended=_now(),
+        status=verdict["status"],
+        cause=verdict["cause"],
+        message=verdict.get("message", ""),
+        end_step=step,
+        samples=[record["start_step"] * batch, step * batch] if batch else None,
+        checkpoint_out=read_state(folder).step,
+        wandb=_wandb_id(folder),
+    )
+
+
+def _close_lost(folder: Path, job: str) -> None:
+    """Close what an attempt left open whose agent and batch script are gone.
+
+    Where the same job starts again, Slurm has requeued it: after its notice if there was one, else for a lost node.
+    """
+    for record in records(folder):
+        if "ended" in record:
+            continue
+        number, before = record["attempt"], str(record["job"]).split(".")[0]
+        stop = read_cause(folder / "control" / "stop")
+        ours = bool(job) and before in (job.split(".")[0], read_json(folder / "control" / "successor.json").get("of"))
+        verdict = read_verdict(folder)
+        if verdict.get("attempt") != number:
+            message = f"told to stop ({stop}), and gone before it had saved" if stop else "it was never heard of again"
+            cause = "killed" if not ours else "requeued" if stop in SIGNAL_CAUSES else "node_failure"
+            verdict = {"status": "failed", "cause": cause, "step": None, "message": message}
+        _close(folder, number, verdict)
+        if ours:
+            if verdict["cause"] == "node_failure":
+                nodes = record.get("nodes", [])
+                amend(folder, number, bad_nodes=slurm.down(nodes) or (nodes if len(nodes) == 1 else []))
+            amend(folder, number, next={"decision": "requeue", "reason": "Slurm has started the run again"})
 
 
 def describe(verdict: dict[str, Any]) -> str:
@@ -85,10 +144,46 @@ def attempt_folder(folder: Path, number: int) -> Path:
     return folder / "attempts" / f"{number:04d}"
 
 
+def records(folder: Path) -> list[dict[str, Any]]:
+    """The records of all attempts, oldest first."""
+    return [read_json(path) for path in sorted((folder / "attempts").glob("[0-9]*/attempt.json"))]
+
+
 def newest_record(folder: Path) -> dict[str, Any]:
     """The record of the newest attempt, empty where there is none."""
-    records = sorted((folder / "attempts").glob("[0-9]*/attempt.json"))
-    return read_json(records[-1]) if records else {}
+    paths = sorted((folder / "attempts").glob("[0-9]*/attempt.json"))
+    return read_json(paths[-1]) if paths else {}
+
+
+def asked_to_stop(folder: Path) -> bool:
+    """Whether somebody, and not a signal, asks the run to stop."""
+    return read_cause(folder / "control" / "stop") not in ("", *SIGNAL_CAUSES)
+
+
+def last_step(folder: Path, number: int) -> int | None:
+    """The last step that an attempt, the newest, has logged; None where it did not come so far."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = [json.loads(line) for line in lines[-1:] if line.endswith("}")]  # a kill may have cut the last one
+    rows = [json.loads(line) for line in lines[:-1]] + rows
+    started = any(row.get("attempt") == number for row in rows)  # else what stands there is of the one before
+    return int(rows[-1]["step"]) if started else None
+
+
+def _logs(number: int, job: str) -> list[str]:
+    """Where to read of an attempt, relative to the run folder."""
+    own = [f"attempts/{number:04d}/node-*.log", f"attempts/{number:04d}/rank-*.log"]
+    return [str(render.output(Path(), job.split(".")[0])), *own] if job else own
+
+
+def _batch_size(folder: Path) -> int | None:
+    config = read_job(folder / "config.yaml") if (folder / "config.yaml").is_file() else None
+    return config.batch.size if isinstance(config, RunConfig) else None
+
+
+def _wandb_id(folder: Path) -> str | None:
+    path = folder / "wandb" / "run_id"
+    return path.read_text() if path.is_file() else None
 
 
 def _claim(folder: Path) -> bool:

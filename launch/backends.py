@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from launch import agent, attempts, journal, render, slurm
+from launch import agent, attempts, journal, render, requeue, slurm
 from synthos.schema import JobConfig
 
 
@@ -33,8 +33,11 @@ def debug(config: JobConfig, folder: Path, lock: IO[str]) -> int:
 
 
 def local(config: JobConfig, folder: Path, lock: IO[str]) -> int:
-    """One rank per device of this machine."""
-    return agent.run(folder, keep_open=[lock.fileno()])
+    """One rank per device of this machine; after a crash again, as often as `cluster.max_crashes` allows."""
+    while True:
+        code = agent.run(folder, keep_open=[lock.fileno()])
+        if requeue.after(folder, config.cluster).decision != "restart":
+            return code
 
 
 def submitit(config: JobConfig, folder: Path, lock: IO[str]) -> int:
@@ -50,6 +53,7 @@ def submitit(config: JobConfig, folder: Path, lock: IO[str]) -> int:
             print(f"error: sbatch: {slurm.words(str(error))}", file=sys.stderr)
             return 1
         intent.complete(job.job_id)
+    (folder / "slurm" / "job.sh").write_text(render.job_file(config, folder))  # for a successor
     print(f"submitted job {job.job_id} of {folder}")
     print(f"follow it: the same command with follow=true, or tail -F {render.output(folder, job.job_id)}")
     print(f"stop it:   touch {folder / 'control' / 'stop'}")

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from launch.render import NOT_TO_SET, OWN_KEYS
+from launch.render import NOT_TO_SET, OWN_KEYS, notice_seconds
 from synthos.data.buckets import bucket_sizes
 from synthos.schema import GenerateConfig, JobConfig, RunConfig
 
@@ -27,7 +27,7 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     ),
     (
         "data.workers optim.weight_decay optim.warmup_steps validate.samples validate.from_split checkpoint.keep_best "
-        "grid",
+        "grid cluster.max_crashes",
         lambda value: 0 <= value < math.inf,
         "0 or more",
     ),
@@ -247,9 +247,9 @@ def cluster_problems(config: JobConfig) -> Iterator[str]:
     seconds = limit_seconds(cluster.time)
     if seconds is None:
         yield f"cluster.time: {cluster.time!r} is not allowed; expected D-HH:MM:SS, HH:MM:SS, MM:SS or minutes"
-    elif seconds <= cluster.notice_seconds:
+    elif seconds <= (notice := notice_seconds(cluster)):
         yield (
-            f"cluster.notice_seconds: {cluster.notice_seconds} is not below cluster.time {cluster.time}; "
+            f"cluster.notice_seconds: {notice} is not below cluster.time {cluster.time}; "
             "the run would be told to stop as soon as it starts"
         )
 

@@ -24,6 +24,7 @@ class Place:
 
     Attributes:
         job: what Slurm calls this start of the job, id and restart count; empty outside of Slurm.
+        step: of the job, by which srun started this agent: one job may start several attempts, one after another.
         node: index of this node.
         nodes: their number.
         task: index of this agent on its node.
@@ -35,6 +36,12 @@ class Place:
     nodes: int = 1
     task: int = 0
     tasks: int = 1
+    step: str = ""
+
+    @property
+    def start(self) -> str:
+        """What is common to the agents of one attempt, and to no others."""
+        return f"{self.job}.{self.step}" if self.step else self.job
 
     @property
     def first(self) -> bool:
@@ -57,21 +64,22 @@ def slurm_place(environment: Mapping[str, str]) -> Place:
         nodes=nodes,
         task=int(environment["SLURM_LOCALID"]),
         tasks=int(environment["SLURM_NTASKS"]) // nodes,
+        step=environment["SLURM_STEP_ID"],
     )
 
 
 @dataclass(frozen=True)
 class Meeting:
-    """Where the ranks of one start of a job meet, as its first agent says in `control/meeting.json`."""
+    """Where the ranks of one attempt meet, as its first agent says in `control/meeting.json`."""
 
-    job: str
+    start: str  # Place.start
     attempt: int
     host: str
     port: int
 
 
 def announce(folder: Path, meeting: Meeting) -> None:
-    """Tell the other agents; one start of a job replaces what an earlier one said."""
+    """Tell the other agents; one attempt replaces what an earlier one said."""
     write_json(folder / "control" / "meeting.json", asdict(meeting))
 
 
@@ -80,7 +88,7 @@ def find_meeting(folder: Path, place: Place, timeout_seconds: float = MEETING_SE
     path, deadline = folder / "control" / "meeting.json", time.monotonic() + timeout_seconds
     while time.monotonic() < deadline:
         said = read_json(path)
-        if said.get("job") == place.job:
+        if said.get("start") == place.start:
             return Meeting(**said)
         time.sleep(0.2)
     raise TimeoutError(
@@ -113,7 +121,7 @@ def own_address(environment: Mapping[str, str]) -> str:
     if launcher is None:
         return socket.gethostname()
     address = _towards(launcher)
-    for other in _nodes(environment) if ipaddress.ip_address(address).is_loopback else []:  # the launcher is here
+    for other in node_names(environment) if ipaddress.ip_address(address).is_loopback else []:  # the launcher is here
         with suppress(OSError):
             address = _towards(socket.gethostbyname(other))
         if not ipaddress.ip_address(address).is_loopback:
@@ -139,7 +147,7 @@ def _towards(address: str) -> str:
         return str(probe.getsockname()[0])
 
 
-def _nodes(environment: Mapping[str, str]) -> list[str]:
+def node_names(environment: Mapping[str, str]) -> list[str]:
     """The host names of the job's nodes; empty where there is no scontrol."""
     try:
         command = ["scontrol", "show", "hostnames", environment.get("SLURM_JOB_NODELIST", "")]

@@ -1,11 +1,16 @@
-"""What Slurm is told of a job: flags, submitit's batch script, the line for sbatch by hand. Pure functions."""
+"""What Slurm is told of a job: flags, submitit's batch script, the line for sbatch by hand.
 
+Pure functions, but that the measured time of a save is read from the run folder.
+"""
+
+import math
 import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 from launch.compose import CHECKOUT
+from synthos.files import read_json
 from synthos.schema import ClusterConfig, JobConfig
 
 # Flags that a job depends on, or that would make another kind of job of it.
@@ -31,6 +36,24 @@ TRAVELS = """
     LMOD_DIR LMOD_PKG BASH_ENV CUDA_HOME CUDA_PATH VIRTUAL_ENV CONDA_PREFIX CONDA_DEFAULT_ENV XDG_CACHE_HOME HF_HOME
     HF_HUB_CACHE HF_HUB_OFFLINE TORCH_HOME SSL_CERT_FILE SSL_CERT_DIR REQUESTS_CA_BUNDLE SLURM_CONF
 """
+NOTICE_SECONDS = 300  # at least: who sets less knows the site
+RESTART = 75  # exit code of launch.requeue: once more, in this allocation; EX_TEMPFAIL of sysexits.h
+NOTHING_LEFT = 3  # of launch.requeue --chain
+ATTEMPTS = """
+attempts() {{
+    # Slurm's signals reach the ranks by srun. This shell outlives them, to have it decided what comes next; a handler
+    # that does nothing, because what a shell ignores its commands ignore too.
+    trap : TERM CONT USR2
+    while true; do
+        "$@" &
+        while wait $!; kill -0 $! 2>/dev/null; do :; done
+        next=0
+        (trap '' TERM USR2; exec {code} {run}) || next=$?
+        ((next == {again})) || exit $next
+    done
+}}
+"""
+CHAIN = "{code} --chain {run} || exit $(($? == {nothing_left} ? 0 : 1))"
 
 
 def flags(config: JobConfig, folder: Path) -> Flags:
@@ -48,14 +71,31 @@ def flags(config: JobConfig, folder: Path) -> Flags:
         "cpus-per-task": str(cpus) if (cpus := cpus_per_task(config)) else None,
         "mem": cluster.mem,
         "time": cluster.time,
-        "signal": f"USR2@{cluster.notice_seconds}",
-        "requeue": "",  # after the failure of a node
+        "signal": f"USR2@{notice_seconds(cluster, save_seconds(folder))}",
+        # By it Slurm itself starts a job again after a failed node; a successor would be a second one.
+        "requeue" if cluster.requeue == "scontrol" else "no-requeue": "",
         "chdir": str(CHECKOUT),
         "output": str(output(folder)),
         "open-mode": "append",
     }
     ours |= {key: _text(value) for key, value in cluster.sbatch.items()}
     return {key: value for key, value in ours.items() if value is not None}
+
+
+def notice_seconds(cluster: ClusterConfig, save: float | None = None) -> int:
+    """How long before the limit a job hears of it: the config's word, or by the seconds that a `save` took.
+
+    Two saves, since one may be under way, and a minute: that of the step and of what is slow on a bad day.
+    """
+    if cluster.notice_seconds is not None:
+        return cluster.notice_seconds
+    return max(NOTICE_SECONDS, math.ceil(60 + 2 * (save or 0)))
+
+
+def save_seconds(folder: Path) -> float | None:
+    """How long the last checkpoint of a run took, where one has been measured."""
+    seconds = read_json(folder / "control" / "heartbeat.json").get("save_seconds")
+    return None if seconds is None else float(seconds)
 
 
 def tasks_per_node(config: JobConfig) -> int:
@@ -80,9 +120,21 @@ def batch_script(config: JobConfig, folder: Path) -> str:
         f"#SBATCH {_flag(key, value and shlex.quote(value))}" for key, value in sorted(flags(config, folder).items())
     ]
     command = [*srun(config), python(config.cluster), "-u", "-m", "submitit.core._submit", str(folder / "slurm")]
-    # exec: the signals of a cancelled job end a shell, and with the shell the job, before its ranks could save
-    run = [*enter(folder), "export SUBMITIT_EXECUTOR=slurm", f"exec {shlex.join(command)}", ""]
+    run = [
+        *enter(folder),
+        *attempts(config, folder),
+        "export SUBMITIT_EXECUTOR=slurm",
+        f"attempts {shlex.join(command)}",
+        "",
+    ]
     return "\n".join(["#!/bin/bash", *lines, "", "set -eo pipefail", *config.cluster.setup, *run])
+
+
+def attempts(config: JobConfig, folder: Path) -> list[str]:
+    """The shell function that runs its arguments, srun and its command, once for each attempt of this allocation."""
+    code, run = shlex.join([python(config.cluster), "-m", "launch.requeue"]), shlex.quote(str(folder))
+    chain = [CHAIN.format(code=code, run=run, nothing_left=NOTHING_LEFT)] if config.cluster.requeue == "chain" else []
+    return ["", *chain, ATTEMPTS.format(code=code, run=run, again=RESTART).strip(), ""]
 
 
 def sbatch_line(config: JobConfig, folder: Path, environment: Mapping[str, str]) -> str:
@@ -104,11 +156,11 @@ def enter(folder: Path) -> list[str]:
 
 
 def job_file(config: JobConfig, folder: Path) -> str:
-    """What `slurm/train.sbatch` reads in the run folder: set-up lines, srun's flags, interpreter, cores of a task."""
+    """What `slurm/train.sbatch` reads in the run folder: set-up lines, srun's flags, interpreter, cores, `attempts`."""
     cluster = config.cluster
     lines = [f"cd {shlex.quote(str(CHECKOUT))}", *cluster.setup, f"SRUN=({shlex.join(srun(config))})"]
-    task = [f"PYTHON={shlex.quote(python(cluster))}", f"CPUS={cpus_per_task(config) or ''}", ""]
-    return "\n".join([*lines, *enter(folder), *task])
+    values = [f"PYTHON={shlex.quote(python(cluster))}", f"CPUS={cpus_per_task(config) or ''}"]
+    return "\n".join([*lines, *enter(folder), *values, *attempts(config, folder)])
 
 
 def srun(config: JobConfig) -> list[str]:

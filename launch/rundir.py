@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import IO, Any
 
 from launch import provenance, snapshot
-from synthos.recipes.base import file_fields
 from synthos.run import read_verdict
 from synthos.schema import GenerateConfig, JobConfig, RunConfig
 from synthos.strict import write_config
@@ -169,6 +168,10 @@ def _with_own_files(config: JobConfig, folder: Path) -> JobConfig:
 
 
 def _copy_files(asked: Any, folder: Path) -> list[dict[str, Any]]:
+    from synthos.recipes.base import (
+        file_fields,
+    )  # not above: torch, for which what comes after an attempt need not wait
+
     requests = [dict(request) for request in asked or []]
     for request in requests:
         for key, file in file_fields(request).items():

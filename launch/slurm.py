@@ -3,9 +3,11 @@
 import os
 import re
 import shutil
+import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from launch import render
@@ -52,6 +54,50 @@ def job_of(folder: Path) -> Queued | None:
     return None
 
 
+@dataclass(frozen=True)
+class Job:
+    """A job as the controller tells of it.
+
+    Attributes:
+        state: as in RUNNING; COMPLETING as soon as it is cancelled or requeued, while its processes still end.
+        reason: TimeLimit once that has ended it; as in BeginTime while it waits.
+        restarts: how often it was requeued.
+        preempted: it is to make room for another job.
+        ends: when its time limit is reached, in the controller's clock and time zone; None where there is none.
+    """
+
+    state: str
+    reason: str
+    restarts: int
+    preempted: bool
+    ends: datetime | None
+
+
+def show(job: str) -> Job:
+    """What the controller tells of a job. Raises RuntimeError where it tells nothing."""
+    done = ask(["scontrol", "--oneliner", "show", "job", job])
+    facts = dict(word.split("=", 1) for word in done.stdout.split() if "=" in word)
+    if done.returncode or "JobState" not in facts:
+        raise RuntimeError(f"scontrol show job {job}: {words(done.stderr)}")
+    ends = facts.get("EndTime", "Unknown")
+    return Job(
+        state=facts["JobState"],
+        reason=facts["Reason"],
+        restarts=int(facts["Restarts"]),
+        preempted=facts.get("PreemptTime", "None") != "None",
+        ends=None if ends in ("Unknown", "NONE") else datetime.fromisoformat(ends),
+    )
+
+
+def down(nodes: Sequence[str]) -> list[str]:
+    """Those of `nodes` that are out of service, or don't answer; none where Slurm can't be asked here."""
+    if not nodes or not shutil.which("sinfo"):
+        return []
+    done = ask(["sinfo", "--noheader", "--Node", f"--nodes={','.join(nodes)}", "--format=%N %T"])
+    states = dict(line.split() for line in done.stdout.splitlines())
+    return [node for node in nodes if re.match(r"(down|fail|error|unknown)|.*\*", states.get(node, ""))]
+
+
 def look(config: JobConfig, folder: Path) -> tuple[list[str], list[str]]:
     """What keeps Slurm from taking the job of the run in `folder`, which need not exist; what else it says of it.
 
@@ -74,8 +120,24 @@ def look(config: JobConfig, folder: Path) -> tuple[list[str], list[str]]:
     if re.search("configuration source|Unable to contact", answer):
         return [f"cluster: no Slurm controller answers here (cluster=local trains on this machine): {answer}"], []
     if taken or (not too_much and re.search("not available|busy", answer)):
-        return [], [f"Slurm: {answer}"]
+        return [], [f"Slurm: {answer}", *_short_grace(config, folder)]
     return [*too_much, f"cluster: Slurm would not take this job: {answer}"], []
+
+
+def _short_grace(config: JobConfig, folder: Path) -> Iterator[str]:
+    """A warning where a preemption, which gives GraceTime and KillWait, is sooner over than the last save was."""
+    save, partition = render.save_seconds(folder), config.cluster.partition
+    if save is None:
+        return
+    shown = ask(["scontrol", "show", "partition", *([partition] if partition else [])]).stdout
+    preempts = [int(seconds) for seconds in re.findall(r"GraceTime=(\d+)", shown)]
+    waits = re.search(r"KillWait\s*=\s*(\d+)", ask(["scontrol", "show", "config"]).stdout)
+    seconds = min(preempts, default=0) + (int(waits[1]) if waits else 0)
+    if save > seconds:
+        yield (
+            f"a preemption leaves {seconds} s (GraceTime and KillWait), and the last save took {save:.0f} s: what is "
+            "not saved is trained again; a smaller checkpoint.every makes that less"
+        )
 
 
 def _too_much(config: JobConfig) -> Iterator[str]:
@@ -106,17 +168,29 @@ def would_take(config: JobConfig, folder: Path) -> tuple[bool, str]:
 
 def words(text: str) -> str:
     """What a Slurm command says, in one line, without its own name in front."""
-    lines = [re.sub(r"^(sbatch|squeue|srun): (error: )?", "", line.strip()) for line in text.strip().splitlines()]
+    lines = [
+        re.sub(r"^(sbatch|squeue|srun|scontrol): (error: )?", "", line.strip()) for line in text.strip().splitlines()
+    ]
     return "; ".join(line for line in lines if line)
+
+
+def order(command: list[str], environment: dict[str, str] | None = None) -> str:
+    """Have Slurm do something; returns what it prints. Raises RuntimeError, in its words, where it does not."""
+    done = ask(command, environment=environment)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command[:2])}: {words(done.stderr or done.stdout)}")
+    return done.stdout.strip()
 
 
 def ask(
     command: list[str], stdin: str = "", environment: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run a Slurm command. Raises RuntimeError where it does not answer."""
+    """Run a Slurm command. Raises RuntimeError where it is not there or does not answer."""
     try:
         return subprocess.run(
             command, input=stdin, env=environment, capture_output=True, text=True, timeout=TIMEOUT_SECONDS
         )
+    except FileNotFoundError:
+        raise RuntimeError(f"{command[0]} is not on PATH on {socket.gethostname()}") from None
     except subprocess.TimeoutExpired:
         raise RuntimeError(f"{command[0]} did not answer in {TIMEOUT_SECONDS} s") from None

@@ -6,6 +6,9 @@ import socket
 from pathlib import Path
 from typing import Any
 
+# Why a run is asked to stop. Of rising rank, so that a wish of a person is not lost in a signal; ranks send the index.
+CAUSES = ("", "drain", "notice", "terminate", "stop", "interrupt")
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """What the file holds; empty where there is none."""
@@ -33,6 +36,17 @@ def create_json(path: Path, value: Any) -> bool:
     finally:
         part.unlink()
     return True
+
+
+def read_cause(file: Path) -> str:
+    """The cause that `control/stop` names, or "" where there is no such file; what is none is the wish of a person."""
+    try:
+        cause = json.loads(file.read_text() or "{}").get("cause", "stop")
+    except FileNotFoundError:
+        return ""
+    except (ValueError, AttributeError):
+        cause = "stop"
+    return cause if cause in CAUSES[1:] else "stop"
 
 
 def _part(path: Path, value: Any) -> Path:

@@ -33,7 +33,7 @@ def main(run_dir: Path, attempt: int) -> dict[str, Any]:
     assert isinstance(config, RunConfig | GenerateConfig)
     rank = int(os.environ.get("RANK", "0"))
     handler = _open_log(run_dir / "attempts" / f"{attempt:04d}" / f"rank-{rank:05d}.log")
-    verdict: dict[str, Any] = {"status": "failed", "cause": "error", "step": None}
+    verdict: dict[str, Any] = {"status": "failed", "step": None}
     report = world = None
     try:
         _check_imported(run_dir, config)
@@ -48,7 +48,8 @@ def main(run_dir: Path, attempt: int) -> dict[str, Any]:
                 job.stream.close()
             world.barrier()
     finally:
-        verdict = {**verdict, "attempt": attempt, "rank": rank, "message": _error()}
+        cause, message = _error()
+        verdict = {"cause": cause, **verdict, "attempt": attempt, "rank": rank, "message": message}
         if rank == 0 or verdict["status"] == "failed":
             write_verdict(run_dir, verdict)
         if report:  # after the verdict: W&B may take its time, or fail
@@ -67,13 +68,16 @@ def _check_imported(run_dir: Path, config: JobConfig) -> None:
         raise RuntimeError(f"the code of this run is {code.resolve()}, but this rank has imported {__file__}")
 
 
-def _error() -> str:
-    """The error being raised right now in one line, logged whole; empty when there is none."""
+def _error() -> tuple[str, str]:
+    """What the error being raised right now is taken for, and its one line; logged whole. Empty when there is none.
+
+    What a user wrote, or did not install, would fail again; all else may be the world.
+    """
     error = sys.exc_info()[1]
     if error is None:
-        return ""
+        return "", ""
     logging.getLogger("synthos").error("%s", traceback.format_exc())
-    return f"{type(error).__name__}: {error}"
+    return "config" if isinstance(error, ValueError | ImportError) else "crash", f"{type(error).__name__}: {error}"
 
 
 def _open_log(path: Path) -> logging.Handler:

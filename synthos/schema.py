@@ -146,6 +146,7 @@ class ClusterConfig:
     device: Literal["auto", "cpu", "cuda"]
     threads: int | None  # intra-op CPU threads per rank; default: the machine's cores divided by its ranks
     gpu_memory_gb: float | None  # 10^9 bytes that a rank may count on; default: what its device has
+    max_crashes: int  # in 24 hours, after each of which a run starts again by itself
     launcher: Literal["torchrun", "srun"] = "torchrun"  # one agent per node and its torchrun, or one task per rank
     partition: str | None = None
     account: str | None = None
@@ -156,7 +157,8 @@ class ClusterConfig:
     cpus_per_rank: int | None = None
     mem: str | None = None  # of a node, as in 200G; "0" is all of it
     time: str | None = None  # limit, D-HH:MM:SS or HH:MM:SS; in quotes, or YAML reads a number
-    notice_seconds: int = 300  # between SIGUSR2 and the limit: in which a run saves
+    notice_seconds: int | None = None  # between SIGUSR2 and the limit; default: by the measured time of a save
+    requeue: Literal["scontrol", "chain", "none"] = "scontrol"  # the same job again, a successor, or not at all
     python: str | None = None  # interpreter on the nodes; default: the one that submits
     environment: list[str] = dataclasses.field(default_factory=list)  # further variables that travel with a job
     setup: list[str] = dataclasses.field(default_factory=list)  # shell lines before the job's command

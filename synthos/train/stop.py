@@ -1,6 +1,5 @@
 """One stop protocol: whatever asks a run to end sets a flag; the ranks agree on the step at which they obey."""
 
-import json
 import signal
 import time
 from pathlib import Path
@@ -9,9 +8,9 @@ from types import FrameType, TracebackType
 import torch
 import torch.distributed as dist
 
+from synthos.files import CAUSES, read_cause
 from synthos.train.distributed import World
 
-CAUSES = ("", "stop", "notice", "interrupt", "terminate")  # of rising rank; an index travels between ranks
 SIGNALS = {  # SIGUSR2 is Slurm's notice of the time limit, and on some sites of preemption
     signal.SIGINT: "interrupt",
     signal.SIGTERM: "terminate",
@@ -46,7 +45,7 @@ class Stop:
         """The cause all ranks stop for now, or "" to go on; collective."""
         if self.world.is_main and time.monotonic() - self.polled > self.POLL_SECONDS:
             self.polled = time.monotonic()
-            self.code = max(self.code, self._read_file())
+            self.code = max(self.code, CAUSES.index(read_cause(self.file)))
         code = self.world.reduce(torch.tensor(self.code), dist.ReduceOp.MAX)
         return CAUSES[int(code)]
 
@@ -56,12 +55,3 @@ class Stop:
             raise KeyboardInterrupt
         self.interrupted = cause == "interrupt" or self.interrupted
         self.code = max(self.code, CAUSES.index(cause))
-
-    def _read_file(self) -> int:
-        try:
-            cause = json.loads(self.file.read_text() or "{}").get("cause", "stop")
-        except FileNotFoundError:
-            return 0
-        except (ValueError, AttributeError):
-            cause = "stop"
-        return CAUSES.index(cause) if cause in CAUSES[1:] else CAUSES.index("stop")

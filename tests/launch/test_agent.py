@@ -57,12 +57,12 @@ def test_the_command_starts_a_rank_per_device() -> None:
 
 
 def test_nodes_meet_where_the_first_says_and_only_in_their_own_start() -> None:
-    meeting = Meeting("12.1", 4, "10.0.0.7", 4001)
+    meeting = Meeting("12.1.3", 4, "10.0.0.7", 4001)
     first, second = (
-        agent.ranks_command(job("cluster=slurm", "nodes=2"), Path("/runs/x"), Place("12.1", node, 2), meeting)
+        agent.ranks_command(job("cluster=slurm", "nodes=2"), Path("/runs/x"), Place("12.1", node, 2, step="3"), meeting)
         for node in (0, 1)
     )
-    assert {"--nnodes=2", "--rdzv-endpoint=10.0.0.7:4001", "--rdzv-id=12.1"} < set(first) & set(second)
+    assert {"--nnodes=2", "--rdzv-endpoint=10.0.0.7:4001", "--rdzv-id=12.1.3"} < set(first) & set(second)
     assert "--rdzv-conf=is_host=1" in first and "--rdzv-conf=is_host=0" in second
 
 

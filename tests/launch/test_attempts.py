@@ -2,14 +2,15 @@
 
 import json
 import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from launch import attempts
+from synthos.strict import write_config
 from tests.launch.conftest import git
+from tests.support import run_config
 
 
 def leave_verdict(folder: Path, **verdict: Any) -> dict[str, Any]:
@@ -26,7 +27,7 @@ def test_an_attempt_is_recorded_from_start_to_end(tmp_path: Path) -> None:
     assert attempts.end(tmp_path, 1) == verdict
     closed = attempts.newest_record(tmp_path)
     assert (closed["status"], closed["cause"], closed["end_step"]) == ("stopped", "stop", 7)
-    assert record.items() <= closed.items() and closed["started"] <= closed["ended"]
+    assert all(closed[key] == value for key, value in record.items()) and closed["started"] <= closed["ended"]
 
 
 def test_every_attempt_records_the_code_it_ran(tmp_path: Path, checkout: Path) -> None:
@@ -46,7 +47,7 @@ def test_the_verdict_of_an_earlier_attempt_is_not_taken_for_this_one(tmp_path: P
     attempts.begin(tmp_path, [])
     assert attempts.begin(tmp_path, []) == 2
     verdict = attempts.end(tmp_path, 2)
-    assert (verdict["status"], verdict["cause"]) == ("failed", "crash")
+    assert (verdict["status"], verdict["cause"]) == ("failed", "killed")
     assert attempts.newest_record(tmp_path)["status"] == "failed"
 
 
@@ -62,10 +63,31 @@ def test_a_signal_of_an_earlier_attempt_is_forgotten_and_a_wish_is_not(tmp_path:
     assert not stop.exists()
 
 
-def test_attempts_that_begin_at_once_get_numbers_of_their_own(tmp_path: Path) -> None:
-    with ThreadPoolExecutor(8) as pool:
-        numbers = list(pool.map(lambda _: attempts.begin(tmp_path, []), range(32)))
-    assert sorted(numbers) == list(range(1, 33))
+def test_one_attempt_at_most_is_open(tmp_path: Path) -> None:
+    """What nobody closed is closed by the next: by the same job, which Slurm has started again, or by another."""
+    (tmp_path / "control").mkdir()
+    attempts.begin(tmp_path, [], job="12.0", nodes=["node1"])
+    attempts.begin(tmp_path, [], job="12.1", nodes=["node2"])
+    (tmp_path / "control" / "stop").write_text('{"cause": "terminate"}')
+    attempts.begin(tmp_path, [], job="12.2", nodes=["node1", "node2"])
+    attempts.begin(tmp_path, [], job="13.0")
+    lost, slow, gone, live = attempts.records(tmp_path)
+    assert (lost["cause"], lost["bad_nodes"], lost["next"]["decision"]) == ("node_failure", ["node1"], "requeue")
+    assert (slow["cause"], slow["next"]["decision"]) == ("requeued", "requeue") and "terminate" in slow["message"]
+    assert gone["cause"] == "killed" and "next" not in gone and "ended" not in live
+
+
+def test_a_record_tells_steps_samples_and_checkpoints(tmp_path: Path) -> None:
+    write_config(run_config("batch.size=8"), tmp_path / "config.yaml")
+    attempts.begin(tmp_path, [])
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 3, "attempt": 1}\n{"step": 4, "train/loss": 1.0}\n{"step": 5, "tr'
+    )
+    attempts.end(tmp_path, 1)
+    record = attempts.newest_record(tmp_path)
+    assert (record["start_step"], record["end_step"], record["samples"]) == (0, 4, [0, 32])
+    assert record["checkpoint_in"] is record["checkpoint_out"] is record["wandb"] is None
+    assert record["logs"] == ["attempts/0001/node-*.log", "attempts/0001/rank-*.log"]
 
 
 @pytest.mark.parametrize(
@@ -75,7 +97,7 @@ def test_attempts_that_begin_at_once_get_numbers_of_their_own(tmp_path: Path) ->
         ("stopped", "stop", 0),
         ("stopped", "interrupt", 130),
         ("stopped", "terminate", 143),
-        ("failed", "error", 1),
+        ("failed", "config", 1),
         ("failed", "crash", 1),
     ],
 )

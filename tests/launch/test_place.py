@@ -11,12 +11,12 @@ from launch.place import Meeting, Place, announce, find_meeting, free_port, inte
 
 TASK = {
     "SLURM_JOB_ID": "12", "SLURM_PROCID": "5", "SLURM_NODEID": "2", "SLURM_LOCALID": "1", "SLURM_NNODES": "4",
-    "SLURM_NTASKS": "8",
+    "SLURM_NTASKS": "8", "SLURM_STEP_ID": "1",
 }  # fmt: skip
 
 
 def test_srun_tells_the_place() -> None:
-    assert slurm_place(TASK) == Place("12.0", node=2, nodes=4, task=1, tasks=2)
+    assert slurm_place(TASK) == Place("12.0", node=2, nodes=4, task=1, tasks=2, step="1")
     assert slurm_place({**TASK, "SLURM_RESTART_COUNT": "3"}).job == "12.3"
     assert not slurm_place(TASK).first and slurm_place({**TASK, "SLURM_NODEID": "0", "SLURM_LOCALID": "0"}).first
     with pytest.raises(ValueError, match="no task of a Slurm job"):
@@ -25,12 +25,12 @@ def test_srun_tells_the_place() -> None:
 
 def test_agents_wait_for_the_first_of_their_own_start(tmp_path: Path) -> None:
     (tmp_path / "control").mkdir()
-    announce(tmp_path, Meeting("12.0", 1, "node1", 4000))  # of the start before a requeue
-    mine = Meeting("12.1", 2, "node1", 4001)
+    announce(tmp_path, Meeting("12.1.0", 1, "node1", 4000))  # of the attempt before a crash, in the same allocation
+    mine = Meeting("12.1.1", 2, "node1", 4001)
     later = threading.Timer(0.5, lambda: announce(tmp_path, mine))
     later.start()
     started = time.monotonic()
-    assert find_meeting(tmp_path, Place("12.1", node=1, nodes=2), timeout_seconds=20) == mine
+    assert find_meeting(tmp_path, Place("12.1", node=1, nodes=2, step="1"), timeout_seconds=20) == mine
     assert time.monotonic() - started > 0.4
     later.join()
 

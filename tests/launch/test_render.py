@@ -2,7 +2,10 @@
 
 import os
 import shlex
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -101,5 +104,29 @@ def test_submitit_would_say_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert line in made
     assert "export SUBMITIT_EXECUTOR=slurm" in page and "export SUBMITIT_EXECUTOR=slurm" in made
     for script in (page, made):
-        (command,) = [line for line in script if "srun" in line and not line.startswith("#")]
+        (command,) = [line for line in script if "srun " in line and not line.startswith("#")]
         assert command.endswith(f" {theirs._submitit_command_str}")
+
+
+def test_the_batch_script_outlives_the_signals_of_slurm(tmp_path: Path) -> None:
+    """Each wakes the shell that waits; the command goes on, does not ignore them, and runs once for each attempt."""
+    decides = tmp_path / "decides"  # again after the first attempt, then the end
+    decides.write_text(
+        f"#!/bin/bash\nkill -TERM $$\necho next >>{tmp_path}/log\n(($(grep -c next {tmp_path}/log) > 1))\n"
+    )
+    decides.write_text(decides.read_text() + "exit $(($? ? 75 : 6))\n")
+    decides.chmod(0o755)
+    command = f"echo up >>{tmp_path}/log; until [[ -e {tmp_path}/go ]]; do sleep 0.05; done; kill -TERM $$; echo no"
+    lines = render.attempts(config("cluster=slurm", f"cluster.python={decides}"), tmp_path)
+    script = "\n".join(["set -eo pipefail", *lines, f"attempts bash -c {shlex.quote(command)}"])
+    with subprocess.Popen(["bash", "-c", script], stdout=subprocess.PIPE, text=True) as shell:
+        while not (tmp_path / "log").exists():
+            time.sleep(0.05)
+        for number in (signal.SIGTERM, signal.SIGCONT, signal.SIGUSR2, signal.SIGTERM):
+            shell.send_signal(number)
+            time.sleep(0.1)
+        assert shell.poll() is None and (tmp_path / "log").read_text() == "up\n"
+        (tmp_path / "go").touch()
+        said, _ = shell.communicate(timeout=30)
+    # The command died of its SIGTERM; who decides ignored its own. The exit code is the decision's.
+    assert (said, (tmp_path / "log").read_text(), shell.returncode) == ("", "up\nnext\nup\nnext\n", 6)

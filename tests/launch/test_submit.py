@@ -206,7 +206,7 @@ def test_faults_of_the_run_raise_in_debug_and_are_named_by_local(
     capsys.readouterr()
     assert submit(f"data.shards={tmp_path / 'copy'}", "cluster=local") == 1
     record = newest_record(only_run(tmp_path))
-    assert (record["attempt"], record["status"], record["cause"]) == (2, "failed", "error")
+    assert (record["attempt"], record["status"], record["cause"]) == (2, "failed", "crash")
     err = capsys.readouterr().err
     assert err.startswith("attempt 2 failed at rank 0: RuntimeError: ") and "has changed since it was indexed" in err
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.attempts import newest_record
 from synthos.data.index import load_index, open_index, save_index
 from synthos.data.shards import ShardPlace
 from tests.launch.conftest import write_shard
@@ -176,7 +177,7 @@ def test_a_rank_that_raises_ends_the_job_and_is_heard_first(bench: Bench, tmp_pa
     done = bench.submit(
         "fails", "cluster=practice", "nodes=2", "gpus_per_node=2", "follow=true", "data=webdataset",
         f"data.shards={shard.parent}", "data.height=32", "data.width=32", "data.workers=0", "data.holdout_fraction=0",
-        "validate.samples=0", "validate.from_split=0", "validate.every=null",
+        "validate.samples=0", "validate.from_split=0", "validate.every=null", "cluster.max_crashes=0",
     )  # fmt: skip
     assert done.returncode == 1 and time.monotonic() - started < 120
     tracebacks = done.stdout.split("Traceback (most recent call last):\n")
@@ -209,6 +210,8 @@ def test_a_cancelled_job_has_saved_and_the_next_goes_on(bench: Bench, backend: s
     assert bench.wait(job) in ("CANCELLED", "COMPLETED")
     verdict = json.loads((folder / "control" / "verdict.json").read_text())
     assert (verdict["status"], verdict["cause"]) == ("stopped", "terminate")
+    record = newest_record(folder)
+    assert (record["cause"], record["next"]["decision"]) == ("cancelled", "end")
     assert (folder / "checkpoints" / f"step_{verdict['step']:08d}").is_dir() and verdict["step"] >= 2
     again = bench.submit(name, *shape, "validate.every=null", "dry_run=true")
     assert f"checkpoint of step {verdict['step']}, stopped" in again.stdout

@@ -1,0 +1,203 @@
+"""After an attempt: closes its record, decides what comes next, and asks Slurm for it. The same for every back end.
+
+python -m launch.requeue RUN_DIR            in a job's batch script, once the agents of an attempt have ended
+python -m launch.requeue --chain RUN_DIR    before the first attempt of a job: queues the job that follows it
+"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from launch import attempts, render, slurm
+from launch.decision import Decision, bad_nodes, decide
+from launch.rundir import hold, read_state
+from synthos.files import read_cause, read_json, write_json
+from synthos.schema import ClusterConfig, JobConfig, read_job
+
+ORPHAN_SECONDS = 600  # for ranks whose agent was killed: they save and end
+LIMIT_SLACK_SECONDS = 120  # Slurm's notice comes up to a minute early
+
+
+def main(folder: Path) -> int:
+    """What comes after the attempt that this job has just run; returns the exit code of the batch script.
+
+    render.RESTART means another attempt in this allocation; 0 that the run is done, stopped or requeued; 1 that it
+    failed for good, or that Slurm would not start it again; 2 that no attempt had begun.
+    """
+    config, start = read_job(folder / "config.yaml"), job_start(os.environ)
+    record = attempts.newest_record(folder)
+    if not start or record.get("job") != start or "next" in record:
+        print(f"error: the agents ended before an attempt of {folder} began; see above", file=sys.stderr)
+        return 2
+    orphaned = "ended" not in record
+    if orphaned:
+        end_orphans(folder)
+        attempts.end(folder, record["attempt"])
+    decision = after(folder, config.cluster, start, orphaned)
+    if decision.decision == "restart":
+        return render.RESTART
+    record = attempts.newest_record(folder)
+    return int(record["next"]["decision"] == "end" and record["status"] == "failed" or "failed" in record["next"])
+
+
+def after(folder: Path, cluster: ClusterConfig, start: str = "", orphaned: bool = False) -> Decision:
+    """Decide what comes after the newest attempt, which is closed, write it into its record, and see to it.
+
+    Args:
+        folder: of the run.
+        cluster: its budget, and how it requeues.
+        start: id and restart count of the job; empty where there is none.
+        orphaned: the attempt was left by its agents, which no signal explains.
+    """
+    decision = _decide(folder, cluster, start, orphaned)
+    if decision.decision == "restart" and decision.wait_seconds and _wait(decision.wait_seconds):
+        decision = _decide(folder, cluster, start, orphaned=False)  # what the signal meant
+    if start:
+        _ask_slurm(folder, cluster, decision, start)
+    return decision
+
+
+def _decide(folder: Path, cluster: ClusterConfig, start: str, orphaned: bool) -> Decision:
+    record = attempts.newest_record(folder)
+    number, known = record["attempt"], {}
+    if start:
+        try:
+            known = refine(record, slurm.show(job_id(os.environ)), render.notice_seconds(cluster), orphaned)
+        except RuntimeError as error:  # what the ranks were told has to do
+            print(f"warning: why attempt {number} ended is known in part: {error}", file=sys.stderr)
+    attempts.amend(folder, number, **known)
+    asked = read_cause(folder / "control" / "stop") in ("stop", "interrupt")
+    decision = decide(attempts.records(folder), cluster, datetime.now(UTC), asked, bool(start))
+    attempts.amend(folder, number, next={"decision": decision.decision, "reason": decision.reason})
+    again = f" in {decision.wait_seconds} s" if decision.wait_seconds else ""
+    cause = known.get("cause", record["cause"])
+    print(f"attempt {number}: {cause}; {decision.decision}{again}: {decision.reason}", flush=True)
+    return decision
+
+
+def refine(record: Mapping[str, Any], job: slurm.Job, notice_seconds: float, orphaned: bool) -> dict[str, Any]:
+    """What Slurm's word on the job makes of a record's cause, and which nodes failed.
+
+    SIGTERM alone may be a cancellation, a preemption, or a requeue by somebody else, and each looks different: a job
+    that is to make room has a PreemptTime; one that Slurm has requeued already has restarted once more than we know.
+    """
+    cause = record["cause"]
+    if record["status"] == "done" or cause in ("stop", "interrupt", "config"):
+        return {}
+    over, requeued = job.state != "RUNNING", job.restarts > int(record["job"].split(".")[1])
+    if (over or requeued) and (failed := slurm.down(record["nodes"])):
+        return {"cause": "node_failure", "bad_nodes": failed}
+    if requeued:
+        return {"cause": "requeued"}
+    if job.preempted:
+        return {"cause": "preempted"}
+    near = job.ends and (job.ends - datetime.now()).total_seconds() < notice_seconds + LIMIT_SLACK_SECONDS
+    if job.reason == "TimeLimit" or (cause == "notice" and near):
+        return {"cause": "time_limit"}
+    if over:
+        return {"cause": "cancelled"}
+    if cause == "notice":  # long before the limit: somebody sent it
+        return {"cause": "drain"}
+    if cause == "terminate":
+        return {"cause": "killed" if orphaned else "cancelled"}
+    return {}
+
+
+def _ask_slurm(folder: Path, cluster: ClusterConfig, decision: Decision, start: str) -> None:
+    """Have the run started again by Slurm, or not at all; a failure is written into the record."""
+    number, own = attempts.newest_record(folder)["attempt"], job_id(os.environ)
+    try:
+        if decision.decision == "requeue" and cluster.requeue == "scontrol":
+            if slurm.show(own).restarts == int(start.split(".")[1]):  # else Slurm has done so already
+                slurm.order(["scontrol", "requeue", own])
+            if decision.exclude:  # only a pending job takes it
+                slurm.order(["scontrol", "update", f"JobId={own}", f"ExcNodeList={','.join(decision.exclude)}"])
+        elif decision.decision == "end" and (successor := _successor(folder, start)):
+            slurm.order(["scancel", successor])
+    except RuntimeError as error:
+        reason = f"{decision.reason}; but {error}"
+        told = {"decision": "end", "reason": reason, "failed": True}
+        attempts.amend(folder, number, next=told)
+        print(f"error: the run does not start again by itself: {reason}", file=sys.stderr)
+
+
+def chain(folder: Path) -> int:
+    """Queue the job that goes on when this one has ended, however it ends; render.NOTHING_LEFT where it is done."""
+    config, start = read_job(folder / "config.yaml"), job_start(os.environ)
+    said = read_json(folder / "control" / "successor.json")
+    ours = said.get("job") == start.split(".")[0]  # this job is itself a successor
+    ended = attempts.newest_record(folder).get("next", {}).get("decision") == "end"
+    if read_state(folder).done or (ours and ended):
+        print(f"{folder}: nothing is left to do")
+        return render.NOTHING_LEFT
+    if ours:
+        (folder / "slurm" / "job").write_text(str(said["job"]))
+    try:
+        job = slurm.order(successor(config, folder, job_id(os.environ)), render.clean(config.cluster, os.environ))
+    except RuntimeError as error:
+        print(f"error: no successor is queued: {error}", file=sys.stderr)
+        return 0
+    write_json(folder / "control" / "successor.json", {"job": job.split(";")[0], "of": start.split(".")[0]})
+    print(f"job {job} goes on after this one")
+    return 0
+
+
+def successor(config: JobConfig, folder: Path, job: str) -> list[str]:
+    """The sbatch command of the job that follows `job`."""
+    command, exclude = render.sbatch(config, folder), bad_nodes(attempts.records(folder))
+    more = [f"--exclude={','.join(exclude)}"] if exclude else []
+    return [command[0], "--parsable", f"--dependency=afterany:{job}", *more, *command[1:]]
+
+
+def _successor(folder: Path, start: str) -> str | None:
+    said = read_json(folder / "control" / "successor.json")
+    return str(said["job"]) if said.get("of") == start.split(".")[0] else None
+
+
+def end_orphans(folder: Path) -> None:
+    """Have the ranks end whose agent was killed; they hold the run's lock as long as they live."""
+    with hold(folder, patience_seconds=1) as lock:
+        if lock is not None:
+            return
+    if not attempts.asked_to_stop(folder):
+        write_json(folder / "control" / "stop", {"cause": "terminate"})
+    with hold(folder, ORPHAN_SECONDS) as lock:
+        if lock is None:
+            print(f"warning: ranks of {folder} are still alive after {ORPHAN_SECONDS} s", file=sys.stderr)
+
+
+def job_id(environment: Mapping[str, str]) -> str:
+    """This job as scontrol takes it: an element of an array by its own name, or the whole array would be requeued."""
+    if "SLURM_ARRAY_TASK_ID" in environment:
+        return f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
+    return environment["SLURM_JOB_ID"]
+
+
+def job_start(environment: Mapping[str, str]) -> str:
+    """This start of the job, as attempts record it; empty outside of Slurm."""
+    job = environment.get("SLURM_JOB_ID", "")
+    return f"{job}.{environment.get('SLURM_RESTART_COUNT', '0')}" if job else ""
+
+
+def _wait(seconds: float) -> bool:
+    """Wait; whether a signal cut it short."""
+    heard: list[int] = []
+    former = {n: signal.signal(n, lambda number, _: heard.append(number)) for n in (signal.SIGTERM, signal.SIGUSR2)}
+    deadline = time.monotonic() + seconds
+    while not heard and time.monotonic() < deadline:
+        time.sleep(0.2)
+    for number, handler in former.items():
+        signal.signal(number, handler)
+    return bool(heard)
+
+
+if __name__ == "__main__":
+    *options, run = sys.argv[1:] or [""]
+    if not run or options not in ([], ["--chain"]):
+        sys.exit("usage: python -m launch.requeue [--chain] RUN_DIR")
+    sys.exit(chain(Path(run)) if options else main(Path(run)))

@@ -1,0 +1,237 @@
+"""What Slurm's word, as version 22.05 has it, makes of the end of an attempt; and what comes next."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch import attempts, render, requeue, slurm
+from synthos.data.index import open_index
+from synthos.data.shards import ShardPlace
+from synthos.schema import JobConfig
+from synthos.strict import write_config
+from tests.launch.conftest import Submit
+from tests.launch.test_attempts import leave_verdict
+from tests.support import compose_for_test
+
+RUNNING = (
+    "JobId=2 JobName=x JobState=RUNNING Reason=None Dependency=(null) Requeue=1 Restarts=0 BatchFlag=1 "
+    "RunTime=00:00:05 TimeLimit=365-00:00:00 StartTime=2026-11-27T16:38:40 EndTime=2027-11-27T16:38:40 "
+    "PreemptEligibleTime=2026-11-27T16:38:40 PreemptTime=None NodeList=node2"
+)
+SOON = (datetime.now() + timedelta(seconds=30)).isoformat(timespec="seconds")
+WORDS = {
+    "as it runs": RUNNING,
+    "near its limit": RUNNING.replace("2027-11-27T16:38:40", SOON),
+    "to make room": RUNNING.replace("PreemptTime=None", "PreemptTime=2026-11-27T16:38:45"),
+    "cancelled": RUNNING.replace("JobState=RUNNING", "JobState=COMPLETING"),
+    "beyond its limit": RUNNING.replace("JobState=RUNNING Reason=None", "JobState=COMPLETING Reason=TimeLimit"),
+    "requeued already": RUNNING.replace("RUNNING", "COMPLETING").replace("Restarts=0", "Restarts=1")
+    .replace("EndTime=2027-11-27T16:38:40", "EndTime=Unknown").replace("PreemptTime=None ", ""),
+}  # fmt: skip
+
+
+@pytest.fixture
+def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Commands of Slurm that say what a test has them say, and note what they were asked."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder))
+    for name in ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_JOB_ID", "SLURM_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_JOB_ID", "2")
+
+    def write(**says: str) -> Path:
+        for name, text in says.items():
+            (folder / name).write_text(f"#!/bin/bash\necho {name} \"$@\" >>{tmp_path}/asked\nprintf '%s\\n' '{text}'\n")
+            (folder / name).chmod(0o755)
+        return tmp_path / "asked"
+
+    return write
+
+
+def cause(record: dict[str, Any], orphaned: bool = False) -> str:
+    known = requeue.refine(record, slurm.show("2"), notice_seconds=300, orphaned=orphaned)
+    return str(known.get("cause", record["cause"]))
+
+
+@pytest.mark.parametrize(
+    ("said", "signalled", "made"),
+    [
+        ("cancelled", "terminate", "cancelled"),
+        ("to make room", "terminate", "preempted"),
+        ("to make room", "notice", "preempted"),
+        ("near its limit", "notice", "time_limit"),
+        ("beyond its limit", "terminate", "time_limit"),
+        ("as it runs", "notice", "drain"),
+        ("as it runs", "terminate", "cancelled"),
+        ("requeued already", "terminate", "requeued"),
+        ("as it runs", "crash", "crash"),
+        ("cancelled", "crash", "cancelled"),
+        ("cancelled", "stop", "stop"),
+        ("requeued already", "config", "config"),
+    ],
+)
+def test_slurm_tells_what_a_signal_meant(tools: Callable[..., Path], said: str, signalled: str, made: str) -> None:
+    tools(scontrol=WORDS[said])
+    record = {"status": "stopped", "cause": signalled, "job": "2.0", "nodes": ["node1", "node2"]}
+    assert cause(record) == made
+
+
+def test_a_node_that_is_down_is_named(tools: Callable[..., Path]) -> None:
+    tools(scontrol=WORDS["requeued already"], sinfo="node1 mixed\nnode2 down*")
+    record = {"status": "failed", "cause": "crash", "job": "2.0", "nodes": ["node1", "node2"]}
+    known = requeue.refine(record, slurm.show("2"), 300, False)
+    assert known == {"cause": "node_failure", "bad_nodes": ["node2"]}
+
+
+def test_ranks_that_saved_after_their_agent_was_killed_go_on(tools: Callable[..., Path]) -> None:
+    tools(scontrol=WORDS["as it runs"])
+    assert cause({"status": "stopped", "cause": "terminate", "job": "2.0", "nodes": []}, orphaned=True) == "killed"
+
+
+@pytest.fixture
+def ended(tmp_path: Path) -> Callable[..., tuple[Path, JobConfig]]:
+    """A run folder whose first attempt has ended."""
+
+    def make(cause: str, *overrides: str) -> tuple[Path, JobConfig]:
+        folder = tmp_path / "run-1a2b3c4d"
+        (folder / "control").mkdir(parents=True)
+        (folder / "slurm").mkdir()
+        config = compose_for_test("recipe=i2i", "model=tiny", "data=photos", "cluster=slurm", *overrides)
+        write_config(config, folder / "config.yaml")
+        attempts.begin(folder, [], job="2.0", nodes=["node1", "node2"])
+        status = "failed" if cause in ("crash", "config") else "stopped"
+        leave_verdict(folder, status=status, cause=cause, step=3, attempt=1, message="")
+        attempts.end(folder, 1)
+        return folder, config
+
+    return make
+
+
+def test_a_preempted_job_is_requeued_once(tools: Callable[..., Path], ended: Any) -> None:
+    folder, _ = ended("terminate")
+    asked = tools(scontrol=WORDS["to make room"])
+    assert requeue.main(folder) == 0
+    assert asked.read_text().splitlines()[-1] == "scontrol requeue 2"
+    record = attempts.newest_record(folder)
+    assert record["cause"] == "preempted" and record["next"]["decision"] == "requeue"
+    # Nothing is passed on twice: this attempt has been decided on.
+    assert requeue.main(folder) == 2 and asked.read_text().count("requeue") == 1
+
+
+def test_what_slurm_has_requeued_is_left_alone(tools: Callable[..., Path], ended: Any) -> None:
+    folder, _ = ended("terminate")
+    asked = tools(scontrol=WORDS["requeued already"], sinfo="node1 idle\nnode2 idle")
+    assert requeue.main(folder) == 0
+    assert attempts.newest_record(folder)["cause"] == "requeued" and "scontrol requeue" not in asked.read_text()
+
+
+def test_an_element_of_an_array_is_requeued_without_the_others(
+    tools: Callable[..., Path], ended: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last element's own id is that of the whole array."""
+    folder, _ = ended("terminate")
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "2")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "7")
+    asked = tools(scontrol=WORDS["to make room"])
+    assert requeue.main(folder) == 0 and asked.read_text().splitlines()[-1] == "scontrol requeue 2_7"
+
+
+def test_a_node_without_scontrol_is_said_and_fails_the_job(
+    tools: Callable[..., Path], ended: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = ended("drain")
+    tools()
+    assert requeue.main(folder) == 1
+    said = attempts.newest_record(folder)["next"]
+    assert said["decision"] == "end" and "scontrol is not on PATH" in said["reason"]
+    assert "the run does not start again by itself" in capsys.readouterr().err
+
+
+def test_a_crash_is_restarted_in_the_allocation(tools: Callable[..., Path], ended: Any) -> None:
+    folder, _ = ended("crash")
+    asked = tools(scontrol=WORDS["as it runs"])
+    assert requeue.main(folder) == render.RESTART and "requeue" not in asked.read_text()
+
+
+def test_a_config_error_is_not_tried_again(tools: Callable[..., Path], ended: Any) -> None:
+    folder, _ = ended("config")
+    tools(scontrol=WORDS["as it runs"])
+    assert requeue.main(folder) == 1 and attempts.newest_record(folder)["next"]["decision"] == "end"
+
+
+def test_agents_that_never_began_fail_the_job(tools: Callable[..., Path], ended: Any) -> None:
+    """What the newest record tells is of another start of the job."""
+    folder, _ = ended("drain")
+    attempts.amend(folder, 1, job="1.0")
+    assert requeue.main(folder) == 2 and "next" not in attempts.newest_record(folder)
+
+
+def test_a_chain_queues_one_successor_and_takes_it_back_at_the_end(tools: Callable[..., Path], ended: Any) -> None:
+    folder, config = ended("stop", "cluster.requeue=chain")
+    asked = tools(scontrol=WORDS["as it runs"], sbatch="3", scancel="")
+    assert requeue.chain(folder) == 0
+    line = asked.read_text().splitlines()[-1]
+    assert line.startswith("sbatch --parsable --dependency=afterany:2 ") and line.endswith(f"train.sbatch {folder}")
+    assert "--no-requeue" in line and "--requeue" not in line.split()
+    assert requeue.main(folder) == 0 and asked.read_text().splitlines()[-1] == "scancel 3"
+    assert "--no-requeue" in render.batch_script(config, folder)
+
+
+def test_a_successor_ends_at_once_where_nothing_is_left(
+    tools: Callable[..., Path], ended: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = ended("drain", "cluster.requeue=chain")
+    asked = tools(scontrol=WORDS["as it runs"], sbatch="3", scancel="")
+    assert (requeue.chain(folder), requeue.main(folder)) == (0, 0)
+    monkeypatch.setenv("SLURM_JOB_ID", "3")
+    assert requeue.chain(folder) == 0 and (folder / "slurm" / "job").read_text() == "3"
+    leave_verdict(folder, status="done", cause="finished", step=9, attempt=1, message="")
+    before = asked.read_text()
+    assert requeue.chain(folder) == render.NOTHING_LEFT and asked.read_text() == before
+
+
+def test_an_excluded_node_is_told_to_slurm_when_the_job_is_pending_again(
+    tools: Callable[..., Path], ended: Any
+) -> None:
+    folder, _ = ended("drain")
+    attempts.amend(folder, 1, bad_nodes=["node2", "node2"])
+    asked = tools(scontrol=WORDS["as it runs"])
+    assert requeue.main(folder) == 0
+    assert asked.read_text().splitlines()[-2:] == ["scontrol requeue 2", "scontrol update JobId=2 ExcNodeList=node2"]
+
+
+def test_the_notice_grows_with_the_measured_time_of_a_save(tmp_path: Path) -> None:
+    cluster = compose_for_test("recipe=i2i", "model=tiny", "data=photos", "cluster=slurm").cluster
+    assert render.save_seconds(tmp_path) is None and render.notice_seconds(cluster) == 300
+    (tmp_path / "control").mkdir()
+    (tmp_path / "control" / "heartbeat.json").write_text(json.dumps({"step": 3, "save_seconds": 400.2}))
+    assert render.notice_seconds(cluster, render.save_seconds(tmp_path)) == 861
+    assert render.notice_seconds(replace(cluster, notice_seconds=20), 400.2) == 20
+
+
+def test_a_crash_on_this_machine_is_restarted_as_often_as_allowed(
+    submit: Submit, tmp_path: Path, arguments: list[str]
+) -> None:
+    """A shard that is damaged after it was indexed: the world, which may be better next time."""
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    source = Path(next(a for a in arguments if a.startswith("data.shards=")).partition("=")[2])
+    for file in source.glob("*.tar"):
+        shutil.copy(file, copy / file.name)
+        open_index(ShardPlace.beside(str(copy / file.name)))
+        size = file.stat().st_size
+        (copy / file.name).write_bytes(b"\0" * size)
+    assert submit(f"data.shards={copy}", "cluster=local", "cluster.max_crashes=1") == 1
+    (config,) = (tmp_path / "runs").glob("*/*/config.yaml")
+    first, second = attempts.records(config.parent)
+    assert (first["cause"], first["next"]["decision"]) == ("crash", "restart")
+    assert (second["cause"], second["next"]["decision"]) == ("crash", "end") and "max_crashes" in second["next"][
+        "reason"
+    ]
