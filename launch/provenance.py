@@ -3,10 +3,12 @@
 import filecmp
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
 import re
+import runpy
 import shlex
 import shutil
 import socket
@@ -75,18 +77,23 @@ def installed() -> bytes:
 
 def environment_facts() -> dict[str, Any]:
     """The machine that this process runs on, and its torch. `driver` is None where there is no NVIDIA driver."""
-    import torch
-
+    torch = _torch()
     driver = re.search(r"\s(\d+\.\d+[.\d]*)\s", DRIVER.read_text()) if DRIVER.is_file() else None
     return {
         "host": socket.gethostname(),
         "user": os.environ.get("USER") or str(os.getuid()),  # in a container it may have no name
         "system": platform.platform(),
         "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "cuda": torch.version.cuda,
+        "torch": torch.get("__version__"),
+        "cuda": torch.get("cuda"),
         "driver": driver[1] if driver else None,
     }
+
+
+def _torch() -> dict[str, Any]:
+    """What torch says of its version, without the seconds that importing it takes."""
+    found = importlib.util.find_spec("torch")
+    return runpy.run_path(str(Path(found.origin).with_name("version.py"))) if found and found.origin else {}
 
 
 def _slurm() -> str | None:

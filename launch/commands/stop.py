@@ -66,7 +66,7 @@ def _end(folder: Path, one: Look, jobs: Sequence[squeue.Job]) -> tuple[bool, str
         return True, f"process {', '.join(map(str, pids))} got SIGTERM, saves and ends"
     try:
         done = slurm.ask(["scancel", *(job.job for job in jobs)])
-    except (RuntimeError, FileNotFoundError) as error:
+    except RuntimeError as error:
         return False, str(error)
     names = ", ".join(job.job for job in jobs)
     return (False, f"scancel: {slurm.words(done.stderr)}") if done.returncode else (True, f"job {names} is cancelled")

@@ -27,9 +27,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
 from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
 
 from synthos.train.checkpoint_files import (
-    FULL,
     Facts,
-    Writer,
     find_changes,
     find_damage,
     is_whole,
@@ -39,6 +37,7 @@ from synthos.train.checkpoint_files import (
     remove,
     write_counters,
 )
+from synthos.train.checkpoint_writer import FULL, Writer
 from synthos.train.distributed import World, local, reshard
 from synthos.train.state import TrainState
 

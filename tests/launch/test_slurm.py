@@ -1,5 +1,6 @@
 """What is asked of Slurm, and what happens where there is none; tests/slurm has a real one."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,7 @@ def test_without_slurm_many_nodes_can_be_planned_but_not_submitted(
     submit: Submit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "git").symlink_to(str(shutil.which("git")))
     on_path(tmp_path / "bin", monkeypatch)
     asked = ("cluster=slurm", "nodes=2", "batch.micro=1")
     needs = "cluster: slurm needs sbatch, which is not on PATH; submit from a login node of your cluster, or use "

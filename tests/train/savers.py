@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.futures import Future
 
 from synthos.train.checkpoint import Checkpoints
-from synthos.train.checkpoint_files import Writer
+from synthos.train.checkpoint_writer import Writer
 from synthos.train.distributed import World
 from tests.train.small import advance, ended, new, save, slow_writer, small_state
 

@@ -18,7 +18,7 @@ from torch.futures import Future
 
 from synthos.schema import EmaConfig
 from synthos.train.checkpoint import Checkpoints, News
-from synthos.train.checkpoint_files import Writer
+from synthos.train.checkpoint_writer import Writer
 from synthos.train.distributed import World
 from synthos.train.ema import Ema
 from synthos.train.optim import build_optimizer

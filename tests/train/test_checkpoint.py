@@ -17,7 +17,8 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.futures import Future
 
 from synthos.train.checkpoint import Checkpoints
-from synthos.train.checkpoint_files import Writer, is_whole, read_counters, write_counters
+from synthos.train.checkpoint_files import is_whole, read_counters, write_counters
+from synthos.train.checkpoint_writer import Writer
 from synthos.train.distributed import World
 from tests.support import world_of_one
 from tests.train.small import advance, assert_equal, ended, new, read, save, slow_writer, small_state, wait_until
