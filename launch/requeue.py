@@ -54,25 +54,32 @@ def after(folder: Path, cluster: ClusterConfig, start: str = "", orphaned: bool 
         start: id and restart count of the job; empty where there is none.
         orphaned: the attempt was left by its agents, which no signal explains.
     """
-    decision = _decide(folder, cluster, start, orphaned)
+    job = _job() if start else None
+    decision = _decide(folder, cluster, job, bool(start), orphaned)
     if decision.decision == "restart" and decision.wait_seconds and _wait(decision.wait_seconds):
-        decision = _decide(folder, cluster, start, orphaned=False)  # what the signal meant
+        job = _job() if start else None
+        decision = _decide(folder, cluster, job, bool(start), orphaned=False)  # what the signal meant
     if start:
-        _ask_slurm(folder, cluster, decision, start)
+        _ask_slurm(folder, cluster, decision, start, job)
     return decision
 
 
-def _decide(folder: Path, cluster: ClusterConfig, start: str, orphaned: bool) -> Decision:
+def _job() -> slurm.Job | None:
+    """What Slurm tells of this job, where it can be asked; else what the ranks were told has to do."""
+    try:
+        return slurm.show(job_id(os.environ))
+    except RuntimeError as error:
+        print(f"warning: why the attempt ended is known in part: {error}", file=sys.stderr)
+        return None
+
+
+def _decide(folder: Path, cluster: ClusterConfig, job: slurm.Job | None, in_slurm: bool, orphaned: bool) -> Decision:
     record = attempts.newest_record(folder)
-    number, known = record["attempt"], {}
-    if start:
-        try:
-            known = refine(record, slurm.show(job_id(os.environ)), render.notice_seconds(cluster), orphaned)
-        except RuntimeError as error:  # what the ranks were told has to do
-            print(f"warning: why attempt {number} ended is known in part: {error}", file=sys.stderr)
+    number = record["attempt"]
+    known = refine(record, job, render.notice_seconds(cluster), orphaned) if job else {}
     attempts.amend(folder, number, **known)
     asked = read_cause(folder / "control" / "stop") in ("stop", "interrupt")
-    decision = decide(attempts.records(folder), cluster, datetime.now(UTC), asked, bool(start))
+    decision = decide(attempts.records(folder), cluster, datetime.now(UTC), asked, in_slurm)
     attempts.amend(folder, number, next={"decision": decision.decision, "reason": decision.reason})
     again = f" in {decision.wait_seconds} s" if decision.wait_seconds else ""
     cause = known.get("cause", record["cause"])
@@ -89,7 +96,7 @@ def refine(record: Mapping[str, Any], job: slurm.Job, notice_seconds: float, orp
     cause = record["cause"]
     if record["status"] == "done" or cause in ("stop", "interrupt", "config"):
         return {}
-    over, requeued = job.state != "RUNNING", job.restarts > int(record["job"].split(".")[1])
+    over, requeued = job.state != "RUNNING", _requeued(job, record["job"])
     if (over or requeued) and (failed := slurm.down(record["nodes"])):
         return {"cause": "node_failure", "bad_nodes": failed}
     if requeued:
@@ -108,17 +115,26 @@ def refine(record: Mapping[str, Any], job: slurm.Job, notice_seconds: float, orp
     return {}
 
 
-def _ask_slurm(folder: Path, cluster: ClusterConfig, decision: Decision, start: str) -> None:
+def _requeued(job: slurm.Job | None, start: str) -> bool:
+    """Whether Slurm has requeued a job since its agents ran."""
+    return job is not None and job.restarts > int(start.split(".")[1])
+
+
+def _ask_slurm(folder: Path, cluster: ClusterConfig, decision: Decision, start: str, job: slurm.Job | None) -> None:
     """Have the run started again by Slurm, or not at all; a failure is written into the record."""
     number, own = attempts.newest_record(folder)["attempt"], job_id(os.environ)
     try:
         if decision.decision == "requeue" and cluster.requeue == "scontrol":
-            if slurm.show(own).restarts == int(start.split(".")[1]):  # else Slurm has done so already
+            if not _requeued(job, start):
                 slurm.order(["scontrol", "requeue", own])
             if decision.exclude:  # only a pending job takes it
                 slurm.order(["scontrol", "update", f"JobId={own}", f"ExcNodeList={','.join(decision.exclude)}"])
-        elif decision.decision == "end" and (successor := _successor(folder, start)):
-            slurm.order(["scancel", successor])
+        elif decision.decision == "requeue" and not _successor(folder, start):
+            raise RuntimeError("no successor was queued, see the job's output")
+        elif decision.decision == "end":
+            left = [own if _requeued(job, start) else None, _successor(folder, start)]
+            for waiting in filter(None, left):
+                slurm.order(["scancel", waiting])
     except RuntimeError as error:
         reason = f"{decision.reason}; but {error}"
         told = {"decision": "end", "reason": reason, "failed": True}

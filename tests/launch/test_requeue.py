@@ -132,6 +132,12 @@ def test_what_slurm_has_requeued_is_left_alone(tools: Callable[..., Path], ended
     assert attempts.newest_record(folder)["cause"] == "requeued" and "scontrol requeue" not in asked.read_text()
 
 
+def test_what_slurm_has_requeued_though_it_is_to_end_is_cancelled(tools: Callable[..., Path], ended: Any) -> None:
+    folder, _ = ended("stop")
+    asked = tools(scontrol=WORDS["requeued already"], scancel="")
+    assert requeue.main(folder) == 0 and asked.read_text().splitlines()[-1] == "scancel 2"
+
+
 def test_an_element_of_an_array_is_requeued_without_the_others(
     tools: Callable[..., Path], ended: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,6 +188,16 @@ def test_a_chain_queues_one_successor_and_takes_it_back_at_the_end(tools: Callab
     assert "--no-requeue" in line and "--requeue" not in line.split()
     assert requeue.main(folder) == 0 and asked.read_text().splitlines()[-1] == "scancel 3"
     assert "--no-requeue" in render.batch_script(config, folder)
+
+
+def test_a_chain_that_could_not_queue_its_successor_says_so_at_the_end(
+    tools: Callable[..., Path], ended: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = ended("drain", "cluster.requeue=chain")
+    tools(scontrol=WORDS["as it runs"])
+    assert requeue.chain(folder) == 0 and "sbatch is not on PATH" in capsys.readouterr().err
+    assert requeue.main(folder) == 1
+    assert "no successor was queued" in attempts.newest_record(folder)["next"]["reason"]
 
 
 def test_a_successor_ends_at_once_where_nothing_is_left(
