@@ -94,7 +94,7 @@ class _Folder:
         self.cancelled = _read(control / CANCELLED)
         jobs = queue.of(folder)
         running = [job for job in jobs if not job.pending]
-        self.job = (running or jobs or [None])[0]
+        self.job = next(iter(running or jobs), None)
         self.submitted = folder / "slurm" / "job"
         files = [path, control / "verdict.json", control / "heartbeat.json", self.submitted, folder / "config.yaml"]
         self.changed = max(_time(file) for file in files)
@@ -174,9 +174,9 @@ class _Folder:
         """Median time of the newest steps, or of a call that makes pictures."""
         config = read_job(self.folder / "config.yaml")
         if isinstance(config, GenerateConfig):
-            return config.micro * config.ranks / max(self.beat["images_per_s"], 1e-9)
+            return config.micro * config.ranks / max(float(self.beat["images_per_s"]), 1e-9)
         assert isinstance(config, RunConfig)
-        rates = step_rates(self.folder / "metrics.jsonl") or [self.beat["images_per_s"]]
+        rates = step_rates(self.folder / "metrics.jsonl") or [float(self.beat["images_per_s"])]
         return config.batch.size / max(median(rates), 1e-9)
 
     def _ended(self) -> tuple[str, str]:

@@ -118,7 +118,8 @@ def _answer(command: list[str]) -> str:
 def _partition(line: str, nodes: str) -> Partition:
     """One line of `scontrol show partition --oneliner`, and what `sinfo` says of its nodes."""
     said = dict(word.split("=", 1) for word in line.split() if "=" in word)
-    cpus, memory, gpus, kinds = 0, 0, 0, set()
+    cpus = memory = gpus = 0
+    kinds: set[str] = set()
     for group in nodes.splitlines():
         name, own_cpus, own_memory, gres = group.split("|", 3)
         if name == said["PartitionName"]:
