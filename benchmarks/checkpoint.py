@@ -33,7 +33,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from benchmarks.learning import ROOT, machine
-from launch.rundir import git_facts
+from launch.snapshot import git_facts
 from synthos.schema import EmaConfig
 from synthos.train.checkpoint import Checkpoints
 from synthos.train.distributed import World

@@ -23,10 +23,10 @@ class Ending:
     then: str
 
     def fits(self, save_seconds: float | None, step_seconds: float | None) -> bool | None:
-        """Whether a step and a save fit; None where it is not known how long they take."""
+        """Whether a step, a save under way and the last one fit; None where it is not known how long they take."""
         if save_seconds is None:
             return None
-        return self.seconds >= save_seconds + (step_seconds or 0.0)
+        return self.seconds >= 2 * save_seconds + (step_seconds or 0.0)
 
     def words(self) -> str:
         if not self.signal:
@@ -39,7 +39,9 @@ def endings(site: Site, partition: Partition | None, notice_seconds: int) -> lis
     wait = site.kill_wait_seconds
     over = site.number("OverTimeLimit") or 0
     found = [
-        Ending("time limit", "SIGUSR2", notice_seconds + over * 60 + wait, "Slurm ends the job"),
+        Ending(
+            "time limit", "SIGUSR2", notice_seconds + over * 60 + wait, "Slurm ends the job, unless it was requeued"
+        ),
         Ending("cancel", "SIGTERM", wait, "Slurm ends the job"),
     ]
     if partition and preemptible(site, partition):

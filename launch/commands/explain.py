@@ -8,6 +8,7 @@ from typing import Any
 from launch import slurm, squeue
 from launch.look import Look, look, step_rates
 from launch.outlook import Ending, endings
+from launch.render import notice_seconds
 from launch.runs import find_one
 from launch.site import read_site
 from launch.tell import console, duration, new_parser, print_json, table, warn
@@ -65,7 +66,8 @@ def main(arguments: list[str]) -> int:
     if config.cluster.backend in ("submitit", "sbatch") and not problem:
         try:
             site = read_site()
-            found = endings(site, site.partition(config.cluster.partition), config.cluster.notice_seconds)
+            notice = notice_seconds(config.cluster, saves)
+            found = endings(site, site.partition(config.cluster.partition), notice)
             if one.state != "queued" and not one.alive:
                 said["if_submitted"] = slurm.would_take(config, folder)[1]
         except RuntimeError as error:

@@ -13,7 +13,7 @@ from launch.look import Look, look_at
 from launch.rundir import STEP
 from launch.runs import all_runs, find_several, is_held, runs_root
 from launch.tell import console, new_parser, print_json, size, table, warn
-from synthos.train.checkpoint import is_whole
+from synthos.train.checkpoint_files import is_whole
 
 CODE = ".code"  # in the runs' folder: copies of code, shared by runs
 YOUNG_SECONDS = 3600  # a copy of code may be of a run that is just being submitted

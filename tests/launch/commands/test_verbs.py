@@ -5,6 +5,7 @@ import logging
 import os
 import socket
 import stat
+import zlib
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from launch import provenance
 from launch.rundir import hold
 from launch.runs import is_held
 from synthos.run import _open_log
+from synthos.train.checkpoint_files import MANIFEST, write_counters
 from tests.launch.commands.conftest import Runs, synthos
 
 Capture = pytest.CaptureFixture[str]
@@ -145,9 +147,10 @@ def test_explain_says_what_is_known(runs: Runs, capsys: Capture) -> None:
 def fill(folder: Path, size: int = 1000) -> Path:
     """A checkpoint of that step, whole: counters, a file, and the manifest that lists it."""
     folder.mkdir(parents=True)
-    (folder / "state.json").write_text("{}")
-    (folder / "a.distcp").write_bytes(b"x" * size)
-    (folder / "manifest.json").write_text(json.dumps({"a.distcp": size}))
+    write_counters(folder, {})
+    content = b"x" * size
+    (folder / "a.distcp").write_bytes(content)
+    (folder / MANIFEST).write_text(json.dumps({"a.distcp": [size, zlib.crc32(content)]}))
     return folder
 
 
