@@ -24,6 +24,7 @@ from synthos.schema import RunConfig, read_job
 
 SIGNAL_CAUSES = ("interrupt", "terminate", "notice", "drain")  # of one attempt: the next knows nothing of them
 EXIT_CODES = {"interrupt": 130, "terminate": 143}  # 128 + the signal's number, as shells have it
+BY_SLURM = "Slurm has started the run again"
 NO_VERDICT = "the processes ended without a verdict"
 
 
@@ -36,6 +37,7 @@ def begin(folder: Path, command: list[str], checkout: Path = CHECKOUT, job: str 
     `job` is Slurm's id of the job and its restart count, if there is one; `nodes` are the names of its nodes.
     """
     _close_lost(folder, job)
+    _account_for_requeue(folder, job)
     stop = folder / "control" / "stop"
     if stop.is_file() and not asked_to_stop(folder):
         stop.unlink()
@@ -105,27 +107,40 @@ def _close(folder: Path, number: int, verdict: dict[str, Any]) -> None:
 
 
 def _close_lost(folder: Path, job: str) -> None:
-    """Close what an attempt left open whose agent and batch script are gone.
-
-    Where the same job starts again, Slurm has requeued it: after its notice if there was one, else for a lost node.
-    """
+    """Close what an attempt left open whose agent and batch script are gone: with the node, where its job goes on."""
     for record in records(folder):
         if "ended" in record:
             continue
-        number, before = record["attempt"], str(record["job"]).split(".")[0]
-        stop = read_cause(folder / "control" / "stop")
-        ours = bool(job) and before in (job.split(".")[0], read_json(folder / "control" / "successor.json").get("of"))
+        number, stop = record["attempt"], read_cause(folder / "control" / "stop")
         verdict = read_verdict(folder)
         if verdict.get("attempt") != number:
             message = f"told to stop ({stop}), and gone before it had saved" if stop else "it was never heard of again"
-            cause = "killed" if not ours else "requeued" if stop in SIGNAL_CAUSES else "node_failure"
+            cause = "killed" if not _follows(folder, record, job) else "terminate" if stop else "node_failure"
             verdict = {"status": "failed", "cause": cause, "step": None, "message": message}
         _close(folder, number, verdict)
-        if ours:
-            if verdict["cause"] == "node_failure":
-                nodes = record.get("nodes", [])
-                amend(folder, number, bad_nodes=slurm.down(nodes) or (nodes if len(nodes) == 1 else []))
-            amend(folder, number, next={"decision": "requeue", "reason": "Slurm has started the run again"})
+
+
+def _account_for_requeue(folder: Path, job: str) -> None:
+    """Decide what Slurm has decided, where the batch script was killed before it could: after a lost node or a SIGTERM
+    it has as little time as the ranks.
+    """
+    record = newest_record(folder)
+    if not record or "next" in record or not _follows(folder, record, job):
+        return
+    cause, nodes = record["cause"], record["nodes"]
+    failed = slurm.down(nodes) or (nodes if cause == "node_failure" and len(nodes) == 1 else [])
+    if cause in ("terminate", "notice"):
+        cause = "node_failure" if failed else "requeued"
+    known = {"bad_nodes": failed} if cause == "node_failure" else {}
+    amend(folder, record["attempt"], cause=cause, next={"decision": "requeue", "reason": BY_SLURM}, **known)
+
+
+def _follows(folder: Path, record: dict[str, Any], job: str) -> bool:
+    """Whether a start of a job is a later one of the job of a record, or of its successor."""
+    if not job or job == record["job"]:
+        return False
+    before = str(record["job"]).split(".")[0]
+    return before in (job.split(".")[0], read_json(folder / "control" / "successor.json").get("of"))
 
 
 def describe(verdict: dict[str, Any]) -> str:

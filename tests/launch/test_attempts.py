@@ -77,6 +77,18 @@ def test_one_attempt_at_most_is_open(tmp_path: Path) -> None:
     assert gone["cause"] == "killed" and "next" not in gone and "ended" not in live
 
 
+def test_what_the_batch_script_could_not_decide_is_told_by_the_next_start_of_the_job(tmp_path: Path) -> None:
+    """It was killed after the agent had closed the record."""
+    (tmp_path / "control").mkdir()
+    attempts.begin(tmp_path, [], job="12.0", nodes=["node1", "node2"])
+    leave_verdict(tmp_path, status="stopped", cause="terminate", step=7, attempt=1, message="")
+    attempts.end(tmp_path, 1)
+    attempts.begin(tmp_path, [], job="12.1")
+    first, _ = attempts.records(tmp_path)
+    assert (first["status"], first["cause"], first["next"]["decision"]) == ("stopped", "requeued", "requeue")
+    assert first["end_step"] == 7
+
+
 def test_a_record_tells_steps_samples_and_checkpoints(tmp_path: Path) -> None:
     write_config(run_config("batch.size=8"), tmp_path / "config.yaml")
     attempts.begin(tmp_path, [])

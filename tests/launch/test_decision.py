@@ -146,7 +146,7 @@ def check_budgets(records: list[dict[str, Any]], cluster: ClusterConfig) -> None
         still = 0 if record["checkpoint_out"] != record["checkpoint_in"] else still + 1
         nodes.update(record.get("bad_nodes", []))
         decision = record["next"]["decision"]
-        by_slurm = record["next"]["reason"] == "Slurm has started the run again"
+        by_slurm = record["next"]["reason"] == attempts.BY_SLURM
         if decision != "end" and not by_slurm:
             assert crashes <= cluster.max_crashes or record["cause"] not in CRASHES
             assert still < 3 and record["cause"] not in ENDS

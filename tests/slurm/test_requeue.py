@@ -117,7 +117,6 @@ def preemption_by_usr2(run: Run) -> None:
 
 def requeue(run: Run) -> None:
     run.cluster.run("scontrol", "requeue", run.job)
-    run.ended(len(run.records()))
     run.starts_now()
 
 
@@ -126,7 +125,7 @@ def node_down(run: Run) -> None:
     node = run.nodes()[-1]
     os.kill(int((run.cluster.folder / "pid" / node).read_text()), signal.SIGKILL)
     run.cluster.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
-    assert run.ended(len(run.records()))["bad_nodes"] == [node]
+    run.wait(lambda: run.bench.state(run.job) == "PENDING", "a requeue")
     run.cluster.practice("up")
     run.starts_now()
 
@@ -180,7 +179,8 @@ def uninterrupted(bench: Bench, steps: int) -> list[tuple[int, float]]:
         (
             "submitit",
             [time_limit, preemption, preemption_by_usr2, rank_killed, node_down],
-            ["time_limit", "preempted", "preempted", "crash|killed", "node_failure"],
+            # On a slow machine KillWait is over before it is asked which node is down, and later none is.
+            ["time_limit", "preempted", "preempted", "crash|killed", "node_failure|requeued"],
         ),
         ("sbatch", [agent_killed, requeue], ["killed", "requeued"]),
     ],
