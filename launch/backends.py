@@ -56,7 +56,7 @@ def submitit(config: JobConfig, folder: Path, lock: IO[str]) -> int:
     (folder / "slurm" / "job.sh").write_text(render.job_file(config, folder))  # for a successor
     print(f"submitted job {job.job_id} of {folder}")
     print(f"follow it: the same command with follow=true, or tail -F {render.output(folder, job.job_id)}")
-    print(f"stop it:   touch {folder / 'control' / 'stop'}")
+    print(f"stop it:   synthos stop {folder}")
     return 0
 
 
@@ -88,7 +88,7 @@ def sbatch(config: JobConfig, folder: Path, lock: IO[str]) -> int:
     """Nothing but the line to type: for sites where submitit is not wanted."""
     (folder / "slurm").mkdir(exist_ok=True)
     (folder / "slurm" / "job.sh").write_text(render.job_file(config, folder))
-    print(f"stop it:   touch {folder / 'control' / 'stop'}\nfollow it: tail -F {render.output(folder, '<job>')}")
+    print(f"stop it:   synthos stop {folder}\nfollow it: tail -F {render.output(folder, '<job>')}")
     print(f"prepared {folder}; start it with\n{render.sbatch_line(config, folder, os.environ)}")
     return 0
 

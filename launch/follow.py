@@ -18,7 +18,7 @@ def follow(folder: Path, job: str) -> int:
     try:
         _show(folder, job)
     except KeyboardInterrupt:
-        print(f"\njob {job} goes on; stop the run with: touch {folder / 'control' / 'stop'}", file=sys.stderr)
+        print(f"\njob {job} goes on; stop the run with: synthos stop {folder}", file=sys.stderr)
         return 0
     verdict = read_state(folder).verdict
     record = attempts.newest_record(folder)

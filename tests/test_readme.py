@@ -1,5 +1,6 @@
 """Every command that README and docs show is one that the product understands."""
 
+import argparse
 import importlib
 import re
 import shlex
@@ -12,7 +13,7 @@ import pytest
 from benchmarks.learning import MEASURES
 from launch.ask import check_keys, parse_fields, request_fields
 from launch.check import value_problems
-from launch.cli import VERBS
+from launch.cli import VERBS, find, split_verb
 from launch.commands import detailmaster
 from launch.compose import choices, compose, compose_generate
 from synthos.build import recipe_class, recipe_config
@@ -66,8 +67,9 @@ def test_command_is_understood(page: str, command: str, tmp_path: Path, monkeypa
     elif words[:2] == ["synthos", "data"]:
         module = importlib.import_module(VERBS[f"data {words[2]}"][0].partition(":")[0])
         assert module.parser().parse_args(words[3:])
+    elif words[:2] != ["synthos", "generate"]:
+        understood_by_its_verb(words[1:], monkeypatch)
     else:
-        assert words[:2] == ["synthos", "generate"], command
         given = dict(w.split("=", 1) for w in words[2:])
         group = Path(given["weights"]).parts[1]  # runs/<recipe or experiment>/...
         recipe = next(recipe_class(name) for name in choices()["recipe"] if group.startswith(name))
@@ -77,6 +79,24 @@ def test_command_is_understood(page: str, command: str, tmp_path: Path, monkeypa
         parse_fields(recipe.Request, {k: v for k, v in given.items() if k in fields})
         monkeypatch.chdir(tmp_path)
         compose_generate(given["weights"], [w for w in words[2:] if w.split("=")[0] not in (*fields, "weights")])
+
+
+class Understood(Exception):
+    """What a verb was given can be parsed."""
+
+
+def understood_by_its_verb(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Call the verb up to where it has parsed its arguments."""
+    parse = argparse.ArgumentParser.parse_args
+
+    def stop(parser: argparse.ArgumentParser, given: list[str]) -> None:
+        parse(parser, given)
+        raise Understood
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    verb, rest = split_verb(words)
+    with pytest.raises(Understood):
+        find(verb)(rest)
 
 
 def test_links_lead_somewhere() -> None:
