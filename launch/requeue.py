@@ -104,7 +104,7 @@ def refine(record: Mapping[str, Any], job: slurm.Job, notice_seconds: float, orp
     if job.preempted:
         return {"cause": "preempted"}
     near = job.ends and (job.ends - datetime.now()).total_seconds() < notice_seconds + LIMIT_SLACK_SECONDS
-    if job.reason == "TimeLimit" or (cause == "notice" and near):
+    if job.reason == "TimeLimit" or (cause == "notice" and near and not over):  # a job that is over ends just now
         return {"cause": "time_limit"}
     if over:
         return {"cause": "cancelled"}

@@ -29,7 +29,7 @@ WORDS = {
     "as it runs": RUNNING,
     "near its limit": RUNNING.replace("2027-11-27T16:38:40", SOON),
     "to make room": RUNNING.replace("PreemptTime=None", "PreemptTime=2026-11-27T16:38:45"),
-    "cancelled": RUNNING.replace("JobState=RUNNING", "JobState=COMPLETING"),
+    "cancelled": RUNNING.replace("RUNNING", "COMPLETING").replace("2027-11-27T16:38:40", SOON),
     "beyond its limit": RUNNING.replace("JobState=RUNNING Reason=None", "JobState=COMPLETING Reason=TimeLimit"),
     "requeued already": RUNNING.replace("RUNNING", "COMPLETING").replace("Restarts=0", "Restarts=1")
     .replace("EndTime=2027-11-27T16:38:40", "EndTime=Unknown").replace("PreemptTime=None ", ""),
@@ -64,6 +64,7 @@ def cause(record: dict[str, Any], orphaned: bool = False) -> str:
     ("said", "signalled", "made"),
     [
         ("cancelled", "terminate", "cancelled"),
+        ("cancelled", "notice", "cancelled"),
         ("to make room", "terminate", "preempted"),
         ("to make room", "notice", "preempted"),
         ("near its limit", "notice", "time_limit"),
