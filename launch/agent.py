@@ -5,17 +5,19 @@ On Slurm, srun starts one agent per node: python -m launch.agent RUN_DIR
 
 import codecs
 import dataclasses
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from launch import attempts, snapshot
+from launch import attempts, requeue, snapshot
 from launch.place import (
     Meeting,
     Place,
@@ -30,7 +32,7 @@ from launch.place import (
 from launch.render import tasks_per_node
 from launch.rundir import hold
 from launch.screen import Screen
-from synthos.files import read_json, write_json
+from synthos.files import create_json, read_json
 from synthos.run import failure_file, read_verdict
 from synthos.schema import JobConfig, read_job
 from synthos.train.torchrun import torchrun_flags
@@ -67,7 +69,7 @@ def main(folder: Path) -> int:
             if lock is None:
                 raise ValueError(f"{folder} is running already")
             return int(run(folder, place, [lock.fileno()]) == 1)  # a run that was stopped is no failed job
-    except (ValueError, TimeoutError) as error:
+    except (ValueError, RuntimeError, TimeoutError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -96,22 +98,24 @@ def run(folder: Path, place: Place | None = None, keep_open: Sequence[int] = ())
     """
     config, place = read_job(folder / "config.yaml"), place or Place()
     code = snapshot.code_of(folder)
-    meeting, command = meet(folder, config, place)
     name = f"node-{place.node}.log" if place.tasks == 1 else f"node-{place.node}.{place.task}.log"
-    log = attempts.attempt_folder(folder, meeting.attempt) / name
-    with listen() as signals, log.open("wb") as output:
-        # A session of its own: Ctrl-C on the terminal reaches this process only, and the ranks stop in step.
-        process = subprocess.Popen(
-            command,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            cwd=code,
-            env=environment(config, place, meeting, code),
-            start_new_session=True,
-            pass_fds=keep_open,
-        )
-        with log.open("rb") as shown:
-            wait(process, shown, signals, folder, meeting.attempt)
+    with listen() as signals:
+        meeting, command = meet(folder, config, place)
+        log = attempts.attempt_folder(folder, meeting.attempt) / name
+        with log.open("wb") as output, log.open("rb") as shown:
+            # A session of its own: Ctrl-C on the terminal reaches this process only, and the ranks stop in step.
+            process = subprocess.Popen(
+                command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd=code,
+                env=environment(config, place, meeting, code),
+                start_new_session=True,
+                pass_fds=keep_open,
+            )
+            keeps_time = place.first and place.job  # its end is that of the whole step
+            limit = partial(requeue.seconds_to_save, config.cluster, folder) if keeps_time else None
+            wait(process, shown, signals, folder, meeting.attempt, limit)
     if place.first:
         return close(folder, meeting.attempt, log, LATE_SECONDS if process.returncode == 0 and not place.alone else 0)
     verdict = read_verdict(folder)  # torchrun returns 1 also where a signal ended it
@@ -214,15 +218,21 @@ def listen() -> Iterator[list[signal.Signals]]:
 
 
 def wait(
-    process: subprocess.Popen[bytes], log: BinaryIO, signals: list[signal.Signals], folder: Path, attempt: int
+    process: subprocess.Popen[bytes],
+    log: BinaryIO,
+    signals: list[signal.Signals],
+    folder: Path,
+    attempt: int,
+    seconds_to_save: Callable[[], float] | None = None,
 ) -> None:
     """Show the log as it grows until the process ends; hand on the first signal, and kill on a second Ctrl-C.
 
     The log is a file that is read back, no pipe, so that the ranks outlive this process. Once a rank has failed, its
-    peers get a while to notice: on a GPU they may wait for it in a collective, where no signal reaches them.
+    peers get a while to notice: on a GPU they may wait for it in a collective, where no signal reaches them. After a
+    notice the ranks get the `seconds_to_save`, which are asked for when it comes.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    asked, looked, patience = False, float("-inf"), float("inf")
+    asked, looked, patience, limit = False, -math.inf, math.inf, math.inf
     screen = Screen(folder / "control" / "heartbeat.json")
     while True:
         ended = process.poll() is not None
@@ -232,14 +242,15 @@ def wait(
             return
         if signals and not asked:
             asked = True
-            if not attempts.asked_to_stop(folder):  # which says more
-                write_json(folder / "control" / "stop", {"cause": CAUSES[signals[0]]})
+            create_json(folder / "control" / "stop", {"cause": CAUSES[signals[0]]})  # what is there may say more
+            if seconds_to_save and signals[0] is signal.SIGUSR2:
+                limit = time.monotonic() + seconds_to_save()
             print("stopping: the ranks finish their step and save; Ctrl-C again kills them", file=sys.stderr)
-        if patience == float("inf") and time.monotonic() - looked > LOOK_SECONDS:
+        if patience == math.inf and time.monotonic() - looked > LOOK_SECONDS:
             looked = time.monotonic()
             if read_json(failure_file(folder, attempt)):  # of the first rank to fail, on whatever node
                 patience = looked + PEER_SECONDS
-        if signal.SIGINT in signals[1:] or time.monotonic() > patience:
+        if signal.SIGINT in signals[1:] or time.monotonic() > min(patience, limit):
             kill(process.pid)
         time.sleep(POLL_SECONDS)
 

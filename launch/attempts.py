@@ -5,6 +5,7 @@ failed), `cause`, `message`, `end_step`, `samples` (images before and after it),
 (steps), `bad_nodes` (which failed), and `next`, what was decided to come after it.
 """
 
+import dataclasses
 import json
 import os
 import socket
@@ -16,6 +17,7 @@ from typing import Any
 
 from launch import render, slurm, snapshot
 from launch.compose import CHECKOUT
+from launch.decision import decide
 from launch.provenance import environment_facts
 from launch.rundir import read_state
 from synthos.files import read_cause, read_json, write_json
@@ -34,7 +36,8 @@ def begin(folder: Path, command: list[str], checkout: Path = CHECKOUT, job: str 
     A signal that stopped an earlier one is forgotten. What a person wrote to `control/stop` since the run was submitted
     is not: it may have been meant for a job that was still waiting.
 
-    `job` is Slurm's id of the job and its restart count, if there is one; `nodes` are the names of its nodes.
+    `job` is Slurm's id of the job and its restart count, if there is one; `nodes` are the names of its nodes. Raises
+    RuntimeError where Slurm has started again what has used up its budgets.
     """
     _close_lost(folder, job)
     _account_for_requeue(folder, job)
@@ -90,8 +93,13 @@ def amend(folder: Path, number: int, **known: Any) -> None:
 
 def _close(folder: Path, number: int, verdict: dict[str, Any]) -> None:
     record = read_json(attempt_folder(folder, number) / "attempt.json")
-    step = verdict["step"] if verdict["step"] is not None else last_step(folder, number) or record["start_step"]
-    batch = _batch_size(folder)
+    logged = _logged(folder, number)
+    # The newest checkpoint may have turned out to be damaged, and the one before it was restored.
+    start = int(logged[0]["attempt/restart_step"]) if logged else record["start_step"]
+    step = verdict["step"] if verdict["step"] is not None else int(logged[-1]["step"]) if logged else start
+    batch, left = _batch_size(folder), read_state(folder).step
+    if left is not None and left == record["checkpoint_in"] and step < left:
+        left = start or None  # the damaged one is still there
     amend(
         folder,
         number,
@@ -100,8 +108,10 @@ def _close(folder: Path, number: int, verdict: dict[str, Any]) -> None:
         cause=verdict["cause"],
         message=verdict.get("message", ""),
         end_step=step,
-        samples=[record["start_step"] * batch, step * batch] if batch else None,
-        checkpoint_out=read_state(folder).step,
+        start_step=start,
+        samples=[start * batch, step * batch] if batch else None,
+        checkpoint_in=start or None,
+        checkpoint_out=left,
         wandb=_wandb_id(folder),
     )
 
@@ -132,15 +142,25 @@ def _account_for_requeue(folder: Path, job: str) -> None:
     if cause in ("terminate", "notice"):
         cause = "node_failure" if failed else "requeued"
     known = {"bad_nodes": failed} if cause == "node_failure" else {}
-    amend(folder, record["attempt"], cause=cause, next={"decision": "requeue", "reason": BY_SLURM}, **known)
+    amend(folder, record["attempt"], cause=cause, **known)
+    # Slurm does it, whatever `cluster.requeue` says; what it starts for ever is for the budgets to end.
+    cluster = dataclasses.replace(read_job(folder / "config.yaml").cluster, requeue="scontrol")
+    decision = decide(records(folder), cluster, datetime.now(UTC))
+    if decision.decision == "end":
+        amend(folder, record["attempt"], next={"decision": "end", "reason": decision.reason})
+        raise RuntimeError(f"{folder} does not go on: {decision.reason}; the same command starts it again")
+    amend(folder, record["attempt"], next={"decision": "requeue", "reason": BY_SLURM})
 
 
 def _follows(folder: Path, record: dict[str, Any], job: str) -> bool:
     """Whether a start of a job is a later one of the job of a record, or of its successor."""
     if not job or job == record["job"]:
         return False
-    before = str(record["job"]).split(".")[0]
-    return before in (job.split(".")[0], read_json(folder / "control" / "successor.json").get("of"))
+    said = read_json(folder / "control" / "successor.json")
+    own = job.split(".")[0]
+    # Of the two jobs that it names, this is the second; or the first, once it has queued its own successor.
+    former = {said.get("job"): said.get("of"), said.get("of"): said.get("after")}.get(own)
+    return str(record["job"]).split(".")[0] in (own, former)
 
 
 def describe(verdict: dict[str, Any]) -> str:
@@ -175,14 +195,14 @@ def asked_to_stop(folder: Path) -> bool:
     return read_cause(folder / "control" / "stop") not in ("", *SIGNAL_CAUSES)
 
 
-def last_step(folder: Path, number: int) -> int | None:
-    """The last step that an attempt, the newest, has logged; None where it did not come so far."""
+def _logged(folder: Path, number: int) -> list[dict[str, Any]]:
+    """What an attempt, the newest, has logged: first where it began; empty where it did not come so far."""
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     rows = [json.loads(line) for line in lines[-1:] if line.endswith("}")]  # a kill may have cut the last one
     rows = [json.loads(line) for line in lines[:-1]] + rows
-    started = any(row.get("attempt") == number for row in rows)  # else what stands there is of the one before
-    return int(rows[-1]["step"]) if started else None
+    first = next((n for n, row in enumerate(rows) if row.get("attempt") == number), len(rows))
+    return rows[first:]  # what stands before it is of the attempts before
 
 
 def _logs(number: int, job: str) -> list[str]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from launch.render import NOT_TO_SET, OWN_KEYS, notice_seconds
+from launch.render import limit_seconds as limit_seconds
 from synthos.data.buckets import bucket_sizes
 from synthos.schema import GenerateConfig, JobConfig, RunConfig
 
@@ -261,19 +262,6 @@ def _travelling(names: list[str]) -> Iterator[str]:
                 f"cluster.environment: {name} looks like a secret, and Slurm keeps what travels with a job; expected "
                 "none: `wandb login` and `hf auth login` put keys into files below your home"
             )
-
-
-def limit_seconds(time: str) -> int | None:
-    """Seconds of a Slurm time limit (man sbatch, --time); None for what is none."""
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
-    if not match:
-        return None
-    days, *parts = match.groups()
-    numbers = [int(part) for part in parts if part is not None]
-    if days is None and len(numbers) < 3:  # minutes, minutes:seconds
-        numbers = [0, *numbers]
-    hours, minutes, seconds = [*numbers, 0, 0][:3]
-    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

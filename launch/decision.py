@@ -1,5 +1,6 @@
 """What comes after an attempt, as its ledger says: again here, again by Slurm, or the end. Pure functions."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,7 +44,12 @@ class Decision:
 
 
 def decide(
-    records: Sequence[Record], cluster: ClusterConfig, now: datetime, asked: bool = False, slurm: bool = True
+    records: Sequence[Record],
+    cluster: ClusterConfig,
+    now: datetime,
+    asked: bool = False,
+    slurm: bool = True,
+    seconds_left: float = math.inf,
 ) -> Decision:
     """What comes after the newest attempt.
 
@@ -56,6 +62,7 @@ def decide(
         now: with a time zone.
         asked: somebody wants the run to stop.
         slurm: the attempt had an allocation.
+        seconds_left: until it is too late for another start there, because the limit of the allocation is near.
     """
     series, cause = _series(records), str(records[-1]["cause"])
     if asked and cause not in ENDS:
@@ -71,8 +78,8 @@ def decide(
         if crashes > cluster.max_crashes:
             limit = f"cluster.max_crashes is {cluster.max_crashes}"
             return Decision("end", f"{crashes} crashes within 24 hours, and {limit}")
-        if not here & set(exclude):
-            wait = BACKOFF_SECONDS[min(crashes, len(BACKOFF_SECONDS)) - 1]
+        wait = BACKOFF_SECONDS[min(crashes, len(BACKOFF_SECONDS)) - 1]
+        if not here & set(exclude) and wait < seconds_left:
             return Decision("restart", f"crash {crashes} of at most {cluster.max_crashes} in 24 hours", wait)
     if not slurm:
         return Decision("end", "there is no scheduler that would start it again")
@@ -99,13 +106,24 @@ def _series(records: Sequence[Record]) -> list[Record]:
 
 
 def _stalled(series: Sequence[Record]) -> int:
-    """How many of the newest attempts ended with the checkpoint that they began with."""
+    """How many of the newest attempts ended with what they began with."""
     count = 0
-    for record in reversed(series):
-        if record.get("checkpoint_out") != record.get("checkpoint_in"):
+    for before, record in zip(reversed([{}, *series[:-1]]), reversed(series), strict=True):
+        if _advanced(record, before):
             break
         count += 1
     return count
+
+
+def _advanced(record: Record, before: Record) -> bool:
+    """Whether an attempt left a newer checkpoint; a job that saves none, but pictures, more than the one before it.
+
+    What trained and saved nothing has to train it again, however far it came.
+    """
+    left, found = record.get("checkpoint_out"), record.get("checkpoint_in")
+    if left is found is record.get("samples") is None:
+        return (record.get("end_step") or 0) > (before.get("end_step") or 0)
+    return bool(left != found)
 
 
 def _crashes(series: Sequence[Record], now: datetime) -> int:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch import render
-from launch.check import limit_seconds
 from launch.rundir import RunState, run_folder
 from launch.sizes import counted_rows, stated_rows
 from launch.survey import Survey
@@ -92,7 +91,7 @@ class Plan:
 def describe_cluster(config: JobConfig) -> str:
     """Where a job will run, and what it may cost."""
     cluster = config.cluster
-    limit = limit_seconds(cluster.time) if cluster.time else None
+    limit = render.limit_seconds(cluster.time) if cluster.time else None
     unit = "rank" if cluster.device == "cpu" else "GPU"
     hours = f", at most {config.ranks * limit / 3600:.3g} {unit} hours until its limit" if limit else ""
     return f"{cluster.name}, backend {cluster.backend}{hours}"

@@ -1,15 +1,17 @@
 """What Slurm is told of a job: flags, submitit's batch script, the line for sbatch by hand.
 
-Pure functions, but that the measured time of a save is read from the run folder.
+Pure functions, but that the measured time of a save, and which nodes failed, are read from the run folder.
 """
 
 import math
+import re
 import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 from launch.compose import CHECKOUT
+from launch.decision import bad_nodes
 from synthos.files import read_json
 from synthos.schema import ClusterConfig, JobConfig
 
@@ -79,17 +81,40 @@ def flags(config: JobConfig, folder: Path) -> Flags:
         "open-mode": "append",
     }
     ours |= {key: _text(value) for key, value in cluster.sbatch.items()}
+    ours["exclude"] = excluded(cluster, folder)
     return {key: value for key, value in ours.items() if value is not None}
+
+
+def excluded(cluster: ClusterConfig, folder: Path) -> str | None:
+    """The nodes that a job may not get: those of the config, and those that failed under the run too often."""
+    records = [read_json(path) for path in (folder / "attempts").glob("[0-9]*/attempt.json")]
+    return ",".join(filter(None, [_text(cluster.sbatch.get("exclude")), *bad_nodes(records)])) or None
 
 
 def notice_seconds(cluster: ClusterConfig, save: float | None = None) -> int:
     """How long before the limit a job hears of it: the config's word, or by the seconds that a `save` took.
 
-    Two saves, since one may be under way, and a minute: that of the step and of what is slow on a bad day.
+    Two saves, since one may be under way, and a minute: that of the step and of what is slow on a bad day. But half of
+    the limit at most, or nothing would be trained.
     """
     if cluster.notice_seconds is not None:
         return cluster.notice_seconds
-    return max(NOTICE_SECONDS, math.ceil(60 + 2 * (save or 0)))
+    wanted = max(NOTICE_SECONDS, math.ceil(60 + 2 * (save or 0)))
+    limit = limit_seconds(cluster.time or "")
+    return wanted if limit is None else min(wanted, limit // 2)
+
+
+def limit_seconds(time: str) -> int | None:
+    """Seconds of a Slurm time limit (man sbatch, --time); None for what is none."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
+    if not match:
+        return None
+    days, *parts = match.groups()
+    numbers = [int(part) for part in parts if part is not None]
+    if days is None and len(numbers) < 3:  # minutes, minutes:seconds
+        numbers = [0, *numbers]
+    hours, minutes, seconds = [*numbers, 0, 0][:3]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def save_seconds(folder: Path) -> float | None:

@@ -4,23 +4,28 @@ python -m launch.requeue RUN_DIR            in a job's batch script, once the ag
 python -m launch.requeue --chain RUN_DIR    before the first attempt of a job: queues the job that follows it
 """
 
+import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from launch import attempts, render, slurm
-from launch.decision import Decision, bad_nodes, decide
+from launch.decision import CRASHES, Decision, decide
 from launch.rundir import hold, read_state
-from synthos.files import read_cause, read_json, write_json
+from synthos.files import create_json, read_cause, read_json, write_json
 from synthos.schema import ClusterConfig, JobConfig, read_job
 
 ORPHAN_SECONDS = 600  # for ranks whose agent was killed: they save and end
 LIMIT_SLACK_SECONDS = 120  # Slurm's notice comes up to a minute early
+DECISION_SECONDS = 60  # before the limit, for what this module does: Slurm requeues no job that has reached it
+PAUSES_SECONDS = (5, 25)  # before a controller that is busy, or starts again, is asked once more
+
+Answer = TypeVar("Answer")
 
 
 def main(folder: Path) -> int:
@@ -33,6 +38,7 @@ def main(folder: Path) -> int:
     record = attempts.newest_record(folder)
     if not start or record.get("job") != start or "next" in record:
         print(f"error: the agents ended before an attempt of {folder} began; see above", file=sys.stderr)
+        _cancel_successor(folder, start)
         return 2
     orphaned = "ended" not in record
     if orphaned:
@@ -57,6 +63,8 @@ def after(folder: Path, cluster: ClusterConfig, start: str = "", orphaned: bool 
     job = _job() if start else None
     decision = _decide(folder, cluster, job, bool(start), orphaned)
     if decision.decision == "restart" and decision.wait_seconds and _wait(decision.wait_seconds):
+        if not start:  # no Slurm tells more of it
+            write_json(folder / "control" / "stop", {"cause": "interrupt"})
         job = _job() if start else None
         decision = _decide(folder, cluster, job, bool(start), orphaned=False)  # what the signal meant
     if start:
@@ -67,7 +75,7 @@ def after(folder: Path, cluster: ClusterConfig, start: str = "", orphaned: bool 
 def _job() -> slurm.Job | None:
     """What Slurm tells of this job, where it can be asked; else what the ranks were told has to do."""
     try:
-        return slurm.show(job_id(os.environ))
+        return _patiently(lambda: slurm.show(job_id(os.environ)))
     except RuntimeError as error:
         print(f"warning: why the attempt ended is known in part: {error}", file=sys.stderr)
         return None
@@ -75,11 +83,12 @@ def _job() -> slurm.Job | None:
 
 def _decide(folder: Path, cluster: ClusterConfig, job: slurm.Job | None, in_slurm: bool, orphaned: bool) -> Decision:
     record = attempts.newest_record(folder)
-    number = record["attempt"]
-    known = refine(record, job, render.notice_seconds(cluster), orphaned) if job else {}
+    number, told = record["attempt"], read_cause(folder / "control" / "stop")
+    left = _seconds_left(job, render.notice_seconds(cluster, render.save_seconds(folder)))
+    known = refine(record, job, left, orphaned, told) if job else {}
     attempts.amend(folder, number, **known)
-    asked = read_cause(folder / "control" / "stop") in ("stop", "interrupt")
-    decision = decide(attempts.records(folder), cluster, datetime.now(UTC), asked, in_slurm)
+    asked = told in ("stop", "interrupt")
+    decision = decide(attempts.records(folder), cluster, datetime.now(UTC), asked, in_slurm, left)
     attempts.amend(folder, number, next={"decision": decision.decision, "reason": decision.reason})
     again = f" in {decision.wait_seconds} s" if decision.wait_seconds else ""
     cause = known.get("cause", record["cause"])
@@ -87,8 +96,32 @@ def _decide(folder: Path, cluster: ClusterConfig, job: slurm.Job | None, in_slur
     return decision
 
 
-def refine(record: Mapping[str, Any], job: slurm.Job, notice_seconds: float, orphaned: bool) -> dict[str, Any]:
-    """What Slurm's word on the job makes of a record's cause, and which nodes failed.
+def _seconds_left(job: slurm.Job | None, notice_seconds: float) -> float:
+    """Until the notice of the time limit may come, or negative since then."""
+    if job is None or job.ends is None:
+        return math.inf
+    return (job.ends - datetime.now()).total_seconds() - notice_seconds - LIMIT_SLACK_SECONDS
+
+
+def seconds_to_save(cluster: ClusterConfig, folder: Path) -> float:
+    """How long the ranks, which have got a notice, may go on: they must end before the limit, or nothing is requeued.
+
+    A job that is to make room is requeued by Slurm; its end is no limit.
+    """
+    try:
+        job = slurm.show(job_id(os.environ))
+    except RuntimeError:
+        return math.inf
+    if job.ends is None or job.preempted:
+        return math.inf
+    notice = render.notice_seconds(cluster, render.save_seconds(folder))
+    return (job.ends - datetime.now()).total_seconds() - min(DECISION_SECONDS, notice / 2)
+
+
+def refine(
+    record: Mapping[str, Any], job: slurm.Job, seconds_left: float, orphaned: bool, told: str = ""
+) -> dict[str, Any]:
+    """What Slurm's word on the job makes of a record's cause, and which nodes failed; the ranks were `told` to stop.
 
     SIGTERM alone may be a cancellation, a preemption, or a requeue by somebody else, and each looks different: a job
     that is to make room has a PreemptTime; one that Slurm has requeued already has restarted once more than we know.
@@ -97,14 +130,16 @@ def refine(record: Mapping[str, Any], job: slurm.Job, notice_seconds: float, orp
     if record["status"] == "done" or cause in ("stop", "interrupt", "config"):
         return {}
     over, requeued = job.state != "RUNNING", _requeued(job, record["job"])
-    if (over or requeued) and (failed := slurm.down(record["nodes"])):
+    # A job that somebody cancels because a node hangs is not to come back.
+    if (requeued or job.reason == "NodeDown") and (failed := slurm.down(record["nodes"])):
         return {"cause": "node_failure", "bad_nodes": failed}
     if requeued:
         return {"cause": "requeued"}
     if job.preempted:
         return {"cause": "preempted"}
-    near = job.ends and (job.ends - datetime.now()).total_seconds() < notice_seconds + LIMIT_SLACK_SECONDS
-    if job.reason == "TimeLimit" or (cause == "notice" and near and not over):  # a job that is over ends just now
+    noticed = cause == "notice" or (told == "notice" and cause in CRASHES)  # saved in time, or not
+    # A job that is over ends just now.
+    if job.reason == "TimeLimit" or (noticed and not over and seconds_left < 0):
         return {"cause": "time_limit"}
     if over:
         return {"cause": "cancelled"}
@@ -123,23 +158,48 @@ def _requeued(job: slurm.Job | None, start: str) -> bool:
 def _ask_slurm(folder: Path, cluster: ClusterConfig, decision: Decision, start: str, job: slurm.Job | None) -> None:
     """Have the run started again by Slurm, or not at all; a failure is written into the record."""
     number, own = attempts.newest_record(folder)["attempt"], job_id(os.environ)
+    again = decision.decision == "requeue"
     try:
-        if decision.decision == "requeue" and cluster.requeue == "scontrol":
-            if not _requeued(job, start):
-                slurm.order(["scontrol", "requeue", own])
-            if decision.exclude:  # only a pending job takes it
-                slurm.order(["scontrol", "update", f"JobId={own}", f"ExcNodeList={','.join(decision.exclude)}"])
-        elif decision.decision == "requeue" and not _successor(folder, start):
+        if again and cluster.requeue == "scontrol":
+            _patiently(lambda: _requeue(own, start))
+        elif again and not _successor(folder, start):
             raise RuntimeError("no successor was queued, see the job's output")
         elif decision.decision == "end":
             left = [own if _requeued(job, start) else None, _successor(folder, start)]
             for waiting in filter(None, left):
-                slurm.order(["scancel", waiting])
+                _order("scancel", waiting)
     except RuntimeError as error:
         reason = f"{decision.reason}; but {error}"
         told = {"decision": "end", "reason": reason, "failed": True}
         attempts.amend(folder, number, next=told)
         print(f"error: the run does not start again by itself: {reason}", file=sys.stderr)
+        return
+    if again and cluster.requeue == "scontrol" and decision.exclude:  # only a pending job takes it
+        nodes = f"ExcNodeList={render.excluded(cluster, folder)}"
+        try:
+            _order("scontrol", "update", f"JobId={own}", nodes)
+        except RuntimeError as error:
+            print(f"warning: the run may get the nodes again that failed: {error}", file=sys.stderr)
+
+
+def _requeue(own: str, start: str) -> None:
+    """Have this job requeued, unless it is already: by Slurm, or by an order whose answer was lost."""
+    if not _requeued(slurm.show(own), start):
+        slurm.order(["scontrol", "requeue", own])
+
+
+def _order(*command: str) -> None:
+    _patiently(lambda: slurm.order([*command]))
+
+
+def _patiently(ask: Callable[[], Answer]) -> Answer:
+    """Slurm's answer, for which it may be asked three times. Raises RuntimeError where it has none."""
+    for seconds in PAUSES_SECONDS:
+        try:
+            return ask()
+        except RuntimeError:
+            time.sleep(seconds)
+    return ask()
 
 
 def chain(folder: Path) -> int:
@@ -158,16 +218,18 @@ def chain(folder: Path) -> int:
     except RuntimeError as error:
         print(f"error: no successor is queued: {error}", file=sys.stderr)
         return 0
-    write_json(folder / "control" / "successor.json", {"job": job.split(";")[0], "of": start.split(".")[0]})
+    # `after` is for the ledger: which job this one follows, should that have been lost.
+    after = said["of"] if ours else None
+    told = {"job": job.split(";")[0], "of": start.split(".")[0], "after": after}
+    write_json(folder / "control" / "successor.json", told)
     print(f"job {job} goes on after this one")
     return 0
 
 
 def successor(config: JobConfig, folder: Path, job: str) -> list[str]:
     """The sbatch command of the job that follows `job`."""
-    command, exclude = render.sbatch(config, folder), bad_nodes(attempts.records(folder))
-    more = [f"--exclude={','.join(exclude)}"] if exclude else []
-    return [command[0], "--parsable", f"--dependency=afterany:{job}", *more, *command[1:]]
+    command = render.sbatch(config, folder)
+    return [command[0], "--parsable", f"--dependency=afterany:{job}", *command[1:]]
 
 
 def _successor(folder: Path, start: str) -> str | None:
@@ -175,13 +237,22 @@ def _successor(folder: Path, start: str) -> str | None:
     return str(said["job"]) if said.get("of") == start.split(".")[0] else None
 
 
+def _cancel_successor(folder: Path, start: str) -> None:
+    """Take back the successor of a job that could not begin: it could not either, and would queue another, for ever."""
+    if (waiting := _successor(folder, start)) is None:
+        return
+    try:
+        _order("scancel", waiting)
+    except RuntimeError as error:
+        print(f"error: job {waiting} still waits to follow this one: {error}", file=sys.stderr)
+
+
 def end_orphans(folder: Path) -> None:
     """Have the ranks end whose agent was killed; they hold the run's lock as long as they live."""
     with hold(folder, patience_seconds=1) as lock:
         if lock is not None:
             return
-    if not attempts.asked_to_stop(folder):
-        write_json(folder / "control" / "stop", {"cause": "terminate"})
+    create_json(folder / "control" / "stop", {"cause": "terminate"})  # unless it is asked for already
     with hold(folder, ORPHAN_SECONDS) as lock:
         if lock is None:
             print(f"warning: ranks of {folder} are still alive after {ORPHAN_SECONDS} s", file=sys.stderr)
@@ -203,7 +274,8 @@ def job_start(environment: Mapping[str, str]) -> str:
 def _wait(seconds: float) -> bool:
     """Wait; whether a signal cut it short."""
     heard: list[int] = []
-    former = {n: signal.signal(n, lambda number, _: heard.append(number)) for n in (signal.SIGTERM, signal.SIGUSR2)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+    former = {n: signal.signal(n, lambda number, _: heard.append(number)) for n in numbers}
     deadline = time.monotonic() + seconds
     while not heard and time.monotonic() < deadline:
         time.sleep(0.2)

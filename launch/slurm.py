@@ -16,7 +16,10 @@ from synthos.schema import JobConfig
 
 TIMEOUT_SECONDS = 60  # a busy controller answers late
 # What a job can no longer leave: man squeue, JOB STATE CODES.
-ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT"}
+ENDED = {
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED",
+    "TIMEOUT",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,10 @@ def down(nodes: Sequence[str]) -> list[str]:
     """Those of `nodes` that are out of service, or don't answer; none where Slurm can't be asked here."""
     if not nodes or not shutil.which("sinfo"):
         return []
-    done = ask(["sinfo", "--noheader", "--Node", f"--nodes={','.join(nodes)}", "--format=%N %T"])
+    try:
+        done = ask(["sinfo", "--noheader", "--Node", f"--nodes={','.join(nodes)}", "--format=%N %T"])
+    except RuntimeError:
+        return []
     states = dict(line.split() for line in done.stdout.splitlines())
     return [node for node in nodes if re.match(r"(down|fail|error|unknown)|.*\*", states.get(node, ""))]
 

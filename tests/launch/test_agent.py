@@ -5,17 +5,20 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from launch import agent
+from launch.attempts import attempt_folder
 from launch.compose import compose
-from launch.place import Meeting, Place
+from launch.place import Meeting, Place, announce
 from synthos.files import create_json
 from synthos.run import failure_file
 from synthos.schema import JobConfig
+from synthos.strict import write_config
 from synthos.train.torchrun import torchrun_flags
 
 BASE = ("recipe=i2i", "model=tiny", "data=photos", "cluster=local")
@@ -136,6 +139,51 @@ def test_a_signal_becomes_a_request_to_stop(tmp_path: Path, number: signal.Signa
         os.kill(os.getpid(), number)
         agent.wait(process, shown, signals, tmp_path, 1)
     assert process.returncode == 0 and json.loads(stop.read_text()) == {"cause": cause}
+
+
+def test_what_asks_already_is_left_to_say_why(tmp_path: Path) -> None:
+    """Somebody, or the agent of another node, may have been faster."""
+    stop = tmp_path / "control" / "stop"
+    stop.parent.mkdir()
+    stop.write_text('{"cause": "drain"}')
+    (tmp_path / "log").touch()
+    with (tmp_path / "log").open("rb") as shown:
+        agent.wait(python("import time; time.sleep(0.5)"), shown, [signal.SIGTERM], tmp_path, 1)
+    assert json.loads(stop.read_text()) == {"cause": "drain"}
+
+
+def test_a_signal_before_the_ranks_start_is_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While an agent still waits for the first one to say where they meet."""
+    stop, place = tmp_path / "control" / "stop", Place("12.0", node=1, nodes=2)
+    stop.parent.mkdir()
+    (tmp_path / "code").mkdir()
+    attempt_folder(tmp_path, 1).mkdir(parents=True)
+    write_config(job("cluster=slurm", "nodes=2", "batch.micro=1"), tmp_path / "config.yaml")
+    obedient = f"import os, time\nwhile not os.path.exists({str(stop)!r}):\n    time.sleep(0.02)"
+    monkeypatch.setattr(agent, "ranks_command", lambda *_: [sys.executable, "-c", obedient])
+    former = signal.getsignal(signal.SIGTERM)
+
+    def interrupt() -> None:
+        if eventually(lambda: signal.getsignal(signal.SIGTERM) != former):
+            os.kill(os.getpid(), signal.SIGTERM)
+        announce(tmp_path, Meeting(place.start, 1, "localhost", 0))
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    assert agent.run(tmp_path, place) == 0
+    thread.join()
+    assert json.loads(stop.read_text()) == {"cause": "terminate"}
+
+
+def test_ranks_that_do_not_save_before_the_limit_are_ended(tmp_path: Path) -> None:
+    (tmp_path / "control").mkdir()
+    (tmp_path / "log").touch()
+    with (tmp_path / "log").open("rb") as shown:
+        slow = python("import time; time.sleep(600)")
+        agent.wait(slow, shown, [signal.SIGUSR2], tmp_path, 1, lambda: 0.2)
+        cancelled = python("import time; time.sleep(0.5)")
+        agent.wait(cancelled, shown, [signal.SIGTERM], tmp_path, 1, lambda: 0.0)
+    assert slow.returncode == -signal.SIGKILL and cancelled.returncode == 0
 
 
 def test_a_second_interrupt_kills_and_a_second_sigterm_does_not(tmp_path: Path) -> None:

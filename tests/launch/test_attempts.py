@@ -66,6 +66,7 @@ def test_a_signal_of_an_earlier_attempt_is_forgotten_and_a_wish_is_not(tmp_path:
 def test_one_attempt_at_most_is_open(tmp_path: Path) -> None:
     """What nobody closed is closed by the next: by the same job, which Slurm has started again, or by another."""
     (tmp_path / "control").mkdir()
+    write_config(run_config(), tmp_path / "config.yaml")
     attempts.begin(tmp_path, [], job="12.0", nodes=["node1"])
     attempts.begin(tmp_path, [], job="12.1", nodes=["node2"])
     (tmp_path / "control" / "stop").write_text('{"cause": "terminate"}')
@@ -80,6 +81,7 @@ def test_one_attempt_at_most_is_open(tmp_path: Path) -> None:
 def test_what_the_batch_script_could_not_decide_is_told_by_the_next_start_of_the_job(tmp_path: Path) -> None:
     """It was killed after the agent had closed the record."""
     (tmp_path / "control").mkdir()
+    write_config(run_config(), tmp_path / "config.yaml")
     attempts.begin(tmp_path, [], job="12.0", nodes=["node1", "node2"])
     leave_verdict(tmp_path, status="stopped", cause="terminate", step=7, attempt=1, message="")
     attempts.end(tmp_path, 1)
@@ -89,11 +91,49 @@ def test_what_the_batch_script_could_not_decide_is_told_by_the_next_start_of_the
     assert first["end_step"] == 7
 
 
+def test_what_takes_its_node_down_each_time_is_not_started_for_ever(tmp_path: Path) -> None:
+    """Slurm starts it again by itself; nobody else decides."""
+    write_config(run_config("cluster=slurm", "cluster.requeue=none"), tmp_path / "config.yaml")
+    for restart in range(3):
+        attempts.begin(tmp_path, [], job=f"12.{restart}", nodes=["node1"])
+    with pytest.raises(RuntimeError, match="does not go on: no_progress: 3 attempts"):
+        attempts.begin(tmp_path, [], job="12.3", nodes=["node1"])
+    *before, last = attempts.records(tmp_path)
+    assert [record["next"]["decision"] for record in (*before, last)] == ["requeue", "requeue", "end"]
+    assert last["bad_nodes"] == ["node1"]
+    assert attempts.begin(tmp_path, [], job="13.0", nodes=["node1"]) == 4  # somebody submits it again
+
+
+def test_a_damaged_checkpoint_is_neither_where_an_attempt_began_nor_what_it_left(tmp_path: Path) -> None:
+    write_config(run_config("batch.size=8"), tmp_path / "config.yaml")
+    for step in (5, 10):
+        make_checkpoint(tmp_path, step)
+    attempts.begin(tmp_path, [])
+    rows = ['{"step": 5, "attempt": 1, "attempt/restart_step": 5}', '{"step": 6, "train/loss": 1.0}']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(rows))
+    attempts.end(tmp_path, 1)
+    record = attempts.newest_record(tmp_path)
+    assert (record["start_step"], record["end_step"], record["samples"]) == (5, 6, [40, 48])
+    assert record["checkpoint_in"] == record["checkpoint_out"] == 5
+    leave_verdict(tmp_path, status="stopped", cause="notice", step=12, attempt=2, message="")
+    make_checkpoint(tmp_path, 12)
+    attempts.begin(tmp_path, [])
+    attempts.end(tmp_path, 2)
+    assert attempts.newest_record(tmp_path)["checkpoint_out"] == 12
+
+
+def make_checkpoint(folder: Path, step: int) -> None:
+    made = folder / "checkpoints" / f"step_{step:08d}"
+    made.mkdir(parents=True)
+    (made / "state.json").write_text("{}")
+    (made / "manifest.json").write_text("{}")
+
+
 def test_a_record_tells_steps_samples_and_checkpoints(tmp_path: Path) -> None:
     write_config(run_config("batch.size=8"), tmp_path / "config.yaml")
     attempts.begin(tmp_path, [])
     (tmp_path / "metrics.jsonl").write_text(
-        '{"step": 3, "attempt": 1}\n{"step": 4, "train/loss": 1.0}\n{"step": 5, "tr'
+        '{"step": 0, "attempt": 1, "attempt/restart_step": 0}\n{"step": 4, "train/loss": 1.0}\n{"step": 5, "tr'
     )
     attempts.end(tmp_path, 1)
     record = attempts.newest_record(tmp_path)

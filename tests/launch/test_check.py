@@ -163,7 +163,11 @@ def test_recipe_values_of_a_wrong_type_do_not_get_this_far() -> None:
     [
         (["cluster=slurm", "cluster.time='25'"], ""),
         (["cluster=slurm", "cluster.time=soon"], "cluster.time: 'soon' is not allowed; expected D-HH:MM:SS, HH:MM:SS"),
-        (["cluster=slurm", "cluster.time=00:05:00"], "cluster.notice_seconds: 300 is not below cluster.time 00:05:00"),
+        (
+            ["cluster=slurm", "cluster.time=00:05:00", "cluster.notice_seconds=300"],
+            "cluster.notice_seconds: 300 is not below cluster.time 00:05:00",
+        ),
+        (["cluster=slurm", "cluster.time=00:05:00"], ""),
         (
             ["cluster=slurm", "+cluster.sbatch.partition=x"],
             "cluster.sbatch.partition: this flag is not allowed here; expected cluster.partition",

@@ -14,7 +14,8 @@ from launch.decision import CRASHES, ENDS, MOVES, bad_nodes, decide
 from synthos.files import CAUSES as ASKED
 from synthos.files import read_json
 from synthos.schema import ClusterConfig
-from tests.launch.test_attempts import leave_verdict
+from synthos.strict import write_config
+from tests.launch.test_attempts import leave_verdict, make_checkpoint
 from tests.support import compose_for_test
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -74,6 +75,26 @@ def test_time_outs_and_preemptions_are_free_while_checkpoints_advance(cluster: C
     assert decide([*stuck, record("time_limit", 100, 101)], cluster, NOW).decision == "requeue"
 
 
+def test_pictures_are_progress_where_no_checkpoint_is_saved(cluster: ClusterConfig) -> None:
+    def after(*steps: int, **more: Any) -> str:
+        series = [record("preempted", None, None, end_step=step, **more) for step in steps]
+        return decide(series, cluster, NOW).decision
+
+    assert after(4, 8, 12, 16) == after(4, 4, 4, 5) == after(0, 0) == "requeue"
+    assert after(0, 0, 0) == after(4, 8, 8, 8, 8) == "end"
+    # What trained without a checkpoint trains it again.
+    assert after(4, 8, 12, samples=[0, 32]) == "end"
+
+
+def test_near_its_limit_an_allocation_is_left(cluster: ClusterConfig) -> None:
+    """There the notice would come before the ranks can hear it."""
+    assert decide([record("crash")], cluster, NOW, seconds_left=0).decision == "requeue"
+    assert decide([record("crash")], cluster, NOW, seconds_left=1).decision == "restart"
+    twice = [record("crash", 1, 2), record("crash", 2, 3)]  # 30 s later
+    assert decide(twice, cluster, NOW, seconds_left=30).decision == "requeue"
+    assert decide(twice, cluster, NOW, seconds_left=31).decision == "restart"
+
+
 def test_who_submits_again_begins_new_budgets(cluster: ClusterConfig) -> None:
     ended = record("crash", 1, 1, next={"decision": "end", "reason": ""})
     assert decide([record("crash", 1, 1)] * 3, cluster, NOW).decision == "end"
@@ -100,9 +121,15 @@ def test_random_histories_keep_to_every_budget(tmp_path: Path, cluster: ClusterC
     """Attempts begin, advance, end, or are lost without a word; their ledger is read after each event."""
     rng, step, now = random.Random(seed), 0, datetime.now(UTC)
     (tmp_path / "control").mkdir()
-    number, seen = 0, dict[int, dict[str, Any]]()
+    write_config(compose_for_test("recipe=i2i", "model=tiny", "data=photos", "cluster=slurm"), tmp_path / "config.yaml")
+    number, seen, person = 0, dict[int, dict[str, Any]](), 7
     for job in range(12):
-        attempt = attempts.begin(tmp_path, [], job=f"7.{job}", nodes=["node1"])
+        try:
+            attempt = attempts.begin(tmp_path, [], job=f"{person}.{job}", nodes=["node1"])
+        except RuntimeError:
+            check_budgets(attempts.records(tmp_path), cluster)
+            person += 1
+            attempt = attempts.begin(tmp_path, [], job=f"{person}.{job}", nodes=["node1"])
         assert attempt == number + 1
         number = attempt
         seen = forward(tmp_path, seen)
@@ -131,13 +158,6 @@ def forward(folder: Path, seen: dict[int, dict[str, Any]]) -> dict[int, dict[str
     return found
 
 
-def make_checkpoint(folder: Path, step: int) -> None:
-    made = folder / "checkpoints" / f"step_{step:08d}"
-    made.mkdir(parents=True)
-    (made / "state.json").write_text("{}")
-    (made / "manifest.json").write_text("{}")
-
-
 def check_budgets(records: list[dict[str, Any]], cluster: ClusterConfig) -> None:
     """Counted forwards, as `decide` does not: since a person last started the run, no budget was overdrawn."""
     crashes, still, nodes = 0, 0, Counter[str]()
@@ -146,8 +166,7 @@ def check_budgets(records: list[dict[str, Any]], cluster: ClusterConfig) -> None
         still = 0 if record["checkpoint_out"] != record["checkpoint_in"] else still + 1
         nodes.update(record.get("bad_nodes", []))
         decision = record["next"]["decision"]
-        by_slurm = record["next"]["reason"] == attempts.BY_SLURM
-        if decision != "end" and not by_slurm:
+        if decision != "end":
             assert crashes <= cluster.max_crashes or record["cause"] not in CRASHES
             assert still < 3 and record["cause"] not in ENDS
         if decision == "restart":

@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from launch import render
 from launch.compose import CHECKOUT, compose
+from synthos.files import write_json
 from synthos.schema import JobConfig
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -49,6 +51,23 @@ def test_a_site_has_the_last_word_but_on_what_the_plan_knows() -> None:
     assert "#SBATCH --exclusive\n" in render.batch_script(
         config("cluster=slurm", "+cluster.sbatch={exclusive: true}"), FOLDER
     )
+
+
+def test_nodes_that_failed_twice_are_excluded_beside_those_of_the_site(tmp_path: Path) -> None:
+    for number, failed in enumerate((["node7"], ["node7", "node8"]), start=1):
+        (tmp_path / "attempts" / f"{number:04d}").mkdir(parents=True)
+        write_json(tmp_path / "attempts" / f"{number:04d}" / "attempt.json", {"bad_nodes": failed})
+    own = config("cluster=slurm", "+cluster.sbatch.exclude='node[1-3]'")
+    assert render.flags(own, tmp_path)["exclude"] == "node[1-3],node7"
+    assert "#SBATCH --exclude=node7\n" in render.batch_script(config("cluster=slurm"), tmp_path)
+    assert "'--exclude=node[1-3],node7'" in render.sbatch_line(own, tmp_path, {})
+
+
+def test_a_notice_leaves_half_of_the_time(tmp_path: Path) -> None:
+    cluster = config("cluster=slurm", "cluster.time=00:20:00").cluster
+    assert [render.notice_seconds(cluster, save) for save in (100, 200, 400)] == [300, 460, 600]
+    assert render.notice_seconds(replace(cluster, notice_seconds=700), 400) == 700
+    assert render.notice_seconds(replace(cluster, time=None), 400) == 860
 
 
 def test_gpus_are_asked_for_as_the_site_wants() -> None:

@@ -1,7 +1,11 @@
 """What Slurm's word, as version 22.05 has it, makes of the end of an attempt; and what comes next."""
 
 import json
+import os
 import shutil
+import signal
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -42,6 +46,7 @@ def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.setattr(requeue, "PAUSES_SECONDS", (0, 0))
     for name in ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_JOB_ID", "SLURM_RESTART_COUNT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SLURM_JOB_ID", "2")
@@ -55,8 +60,9 @@ def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path
     return write
 
 
-def cause(record: dict[str, Any], orphaned: bool = False) -> str:
-    known = requeue.refine(record, slurm.show("2"), notice_seconds=300, orphaned=orphaned)
+def cause(record: dict[str, Any], orphaned: bool = False, told: str = "") -> str:
+    job = slurm.show("2")
+    known = requeue.refine(record, job, requeue._seconds_left(job, 300), orphaned, told)
     return str(known.get("cause", record["cause"]))
 
 
@@ -89,6 +95,32 @@ def test_a_node_that_is_down_is_named(tools: Callable[..., Path]) -> None:
     record = {"status": "failed", "cause": "crash", "job": "2.0", "nodes": ["node1", "node2"]}
     known = requeue.refine(record, slurm.show("2"), 300, False)
     assert known == {"cause": "node_failure", "bad_nodes": ["node2"]}
+    tools(scontrol=WORDS["cancelled"].replace("Reason=None", "Reason=NodeDown"))  # no job that may be requeued
+    assert cause(record) == "node_failure"
+
+
+def test_who_cancels_because_a_node_hangs_is_obeyed(tools: Callable[..., Path]) -> None:
+    tools(scontrol=WORDS["cancelled"], sinfo="node1 mixed\nnode2 mixed*")
+    assert cause({"status": "failed", "cause": "killed", "job": "2.0", "nodes": ["node1", "node2"]}) == "cancelled"
+
+
+def test_ranks_that_had_to_be_ended_before_the_limit_met_it(tools: Callable[..., Path]) -> None:
+    record = {"status": "failed", "cause": "killed", "job": "2.0", "nodes": []}
+    tools(scontrol=WORDS["near its limit"])
+    assert (cause(record, told="notice"), cause(record)) == ("time_limit", "killed")
+    tools(scontrol=WORDS["as it runs"])
+    assert cause(record, told="notice") == "killed"
+
+
+def test_ranks_may_save_until_a_minute_before_the_limit(tools: Callable[..., Path], tmp_path: Path) -> None:
+    cluster = compose_for_test("recipe=i2i", "model=tiny", "data=photos", "cluster=slurm").cluster
+    tools(scontrol=RUNNING.replace("2027-11-27T16:38:40", (datetime.now() + timedelta(seconds=300)).isoformat()))
+    assert 230 < requeue.seconds_to_save(cluster, tmp_path) <= 240
+    assert 280 < requeue.seconds_to_save(replace(cluster, notice_seconds=20), tmp_path) <= 290
+    tools(scontrol=WORDS["near its limit"].replace("PreemptTime=None", "PreemptTime=2026-11-27T16:38:45"))
+    assert requeue.seconds_to_save(cluster, tmp_path) == float("inf")
+    tools(scontrol="nothing")
+    assert requeue.seconds_to_save(cluster, tmp_path) == float("inf")
 
 
 def test_ranks_that_saved_after_their_agent_was_killed_go_on(tools: Callable[..., Path]) -> None:
@@ -167,6 +199,33 @@ def test_a_crash_is_restarted_in_the_allocation(tools: Callable[..., Path], ende
     assert requeue.main(folder) == render.RESTART and "requeue" not in asked.read_text()
 
 
+def test_a_crash_near_the_limit_leaves_the_allocation(tools: Callable[..., Path], ended: Any) -> None:
+    folder, _ = ended("crash")
+    asked = tools(scontrol=WORDS["near its limit"])
+    assert requeue.main(folder) == 0 and asked.read_text().splitlines()[-1] == "scontrol requeue 2"
+    assert attempts.newest_record(folder)["cause"] == "crash"
+
+
+def test_a_notice_that_leaves_time_for_a_long_save_is_that_of_the_limit(tools: Callable[..., Path], ended: Any) -> None:
+    """The last one took so long that the notice came 861 s before it."""
+    folder, _ = ended("notice")
+    (folder / "control" / "heartbeat.json").write_text(json.dumps({"save_seconds": 400.2}))
+    tools(scontrol=RUNNING.replace("2027-11-27T16:38:40", (datetime.now() + timedelta(seconds=900)).isoformat()))
+    assert requeue.main(folder) == 0 and attempts.newest_record(folder)["cause"] == "time_limit"
+
+
+def test_a_question_without_an_answer_is_asked_again(tools: Callable[..., Path], ended: Any, tmp_path: Path) -> None:
+    """Of the controller, which does not answer each at first."""
+    folder, _ = ended("terminate")
+    asked = tools(scontrol=WORDS["to make room"])
+    tool, tried = tmp_path / "bin" / "scontrol", tmp_path / "tried"
+    busy = f'[[ -e {tried}$1 ]] || {{ : >{tried}$1; echo "Unable to contact" >&2; exit 1; }}'
+    tool.write_text(tool.read_text().replace("#!/bin/bash\n", f"#!/bin/bash\n{busy}\n"))
+    assert requeue.main(folder) == 0
+    assert asked.read_text().splitlines()[-1] == "scontrol requeue 2"
+    assert attempts.newest_record(folder)["cause"] == "preempted"
+
+
 def test_a_config_error_is_not_tried_again(tools: Callable[..., Path], ended: Any) -> None:
     folder, _ = ended("config")
     tools(scontrol=WORDS["as it runs"])
@@ -178,6 +237,43 @@ def test_agents_that_never_began_fail_the_job(tools: Callable[..., Path], ended:
     folder, _ = ended("drain")
     attempts.amend(folder, 1, job="1.0")
     assert requeue.main(folder) == 2 and "next" not in attempts.newest_record(folder)
+
+
+def test_a_chain_ends_with_a_job_that_could_not_begin(tools: Callable[..., Path], ended: Any) -> None:
+    """Its successor could not either."""
+    folder, _ = ended("drain", "cluster.requeue=chain")
+    attempts.amend(folder, 1, job="1.0")
+    asked = tools(sbatch="3", scancel="")
+    assert (requeue.chain(folder), requeue.main(folder)) == (0, 2)
+    assert asked.read_text().splitlines()[-1] == "scancel 3"
+
+
+def test_a_job_of_a_chain_accounts_for_the_one_before_that_was_lost(
+    tools: Callable[..., Path], ended: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = ended("drain", "cluster.requeue=chain")
+    tools(scontrol=WORDS["as it runs"], sbatch="3", sinfo="node1 idle\nnode2 down*")
+    assert (requeue.chain(folder), requeue.main(folder)) == (0, 0)
+    for job in ("3", "4"):  # each with its node
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        tools(sbatch=str(int(job) + 1))
+        assert requeue.chain(folder) == 0
+        attempts.begin(folder, [], job=f"{job}.0", nodes=["node1", "node2"])
+    monkeypatch.setenv("SLURM_JOB_ID", "5")
+    tools(sbatch="6")
+    assert requeue.chain(folder) == 0
+    with pytest.raises(RuntimeError, match="no_progress: 3 attempts"):
+        attempts.begin(folder, [], job="5.0")
+    _, second, third = attempts.records(folder)
+    assert second["cause"] == third["cause"] == "node_failure" and second["bad_nodes"] == ["node2"]
+    assert second["next"]["decision"] == "requeue"
+    # One that somebody submits is none of the chain.
+    attempts.begin(folder, [], job="9.0")
+    monkeypatch.setenv("SLURM_JOB_ID", "10")
+    tools(sbatch="11")
+    assert requeue.chain(folder) == 0
+    attempts.begin(folder, [], job="10.0")
+    assert attempts.records(folder)[-2]["cause"] == "killed"
 
 
 def test_a_chain_queues_one_successor_and_takes_it_back_at_the_end(tools: Callable[..., Path], ended: Any) -> None:
@@ -222,6 +318,44 @@ def test_an_excluded_node_is_told_to_slurm_when_the_job_is_pending_again(
     asked = tools(scontrol=WORDS["as it runs"])
     assert requeue.main(folder) == 0
     assert asked.read_text().splitlines()[-2:] == ["scontrol requeue 2", "scontrol update JobId=2 ExcNodeList=node2"]
+
+
+def test_nodes_that_failed_come_beside_those_of_the_config(
+    tools: Callable[..., Path], ended: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where Slurm does not take them, the job is requeued all the same."""
+    folder, _ = ended("drain", "+cluster.sbatch.exclude=node9")
+    attempts.amend(folder, 1, bad_nodes=["node2", "node2"])
+    asked = tools(scontrol=WORDS["as it runs"])
+    with (tmp_path / "bin" / "scontrol").open("a") as tool:
+        tool.write("[[ $1 != update ]]\n")
+    assert requeue.main(folder) == 0
+    assert asked.read_text().splitlines()[-1] == "scontrol update JobId=2 ExcNodeList=node9,node2"
+    assert attempts.newest_record(folder)["next"]["decision"] == "requeue"
+    assert "may get the nodes again that failed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_who_interrupts_the_wait_for_a_restart_ends_the_run(ended: Any, number: signal.Signals) -> None:
+    folder, _ = ended("crash")
+    attempts.amend(folder, 1, next={"decision": "restart", "reason": ""})
+    attempts.begin(folder, [])
+    leave_verdict(folder, status="failed", cause="crash", step=3, attempt=2, message="")
+    attempts.end(folder, 2)
+    former = signal.getsignal(number)
+
+    def interrupt() -> None:
+        while signal.getsignal(number) == former:
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=interrupt, daemon=True)
+    thread.start()
+    cluster = compose_for_test("recipe=i2i", "model=tiny", "data=photos", "cluster.max_crashes=3").cluster
+    made = requeue.after(folder, cluster)
+    thread.join()
+    assert (made.decision, made.reason) == ("end", "somebody asked it to stop")
+    assert attempts.newest_record(folder)["next"]["decision"] == "end" and signal.getsignal(number) == former
 
 
 def test_the_notice_grows_with_the_measured_time_of_a_save(tmp_path: Path) -> None:

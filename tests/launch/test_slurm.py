@@ -54,6 +54,22 @@ def test_following_is_for_what_is_submitted(submit: Submit, capsys: pytest.Captu
     assert "follow: true has no effect with cluster.backend=debug; expected false" in capsys.readouterr().err
 
 
+def test_a_preempted_job_is_in_the_queue_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_path(tmp_path, monkeypatch, "squeue")
+    for state in ("PREEMPTED", "REVOKED"):
+        (tmp_path / "squeue").write_text(f"#!/bin/sh\necho '{state}|node1|None'\n")
+        assert slurm.queued("2") is None
+
+
+def test_nodes_are_not_known_to_be_down_where_slurm_does_not_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_path(tmp_path, monkeypatch, "sinfo")
+    (tmp_path / "sinfo").write_text("#!/bin/sh\nexec /bin/sleep 60\n")
+    monkeypatch.setattr(slurm, "TIMEOUT_SECONDS", 0.2)
+    assert slurm.down(["node1"]) == []
+
+
 @pytest.mark.parametrize(
     ("said", "words"),
     [
