@@ -1,19 +1,24 @@
 """The verbs that act on a run or look into it: logs, stop, cancel, retry, diff, explain, gc, wandb sync, doctor."""
 
+import fcntl
 import json
 import logging
 import os
 import socket
 import stat
+import threading
 import zlib
 from pathlib import Path
 
 import pytest
 
 from launch import provenance
+from launch.commands.stop import _holders
 from launch.rundir import hold
 from launch.runs import is_held
+from launch.start import start
 from synthos.run import _open_log
+from synthos.schema import read_job
 from synthos.train.checkpoint_files import MANIFEST, write_counters
 from tests.launch.commands.conftest import Runs, synthos
 
@@ -79,6 +84,28 @@ def test_stop_asks_those_that_run(runs: Runs, capsys: Capture) -> None:
     assert shown.out == "a-00000001: it saves and ends\n" and shown.err == "b-00000002: is done; nothing was done\n"
     runs.begin(running)  # a person's wish outlives the attempt that it was not meant for
     assert (running / "control" / "stop").exists()
+
+
+def test_who_looks_at_a_lock_does_not_hold_it(runs: Runs) -> None:
+    """A look has the file open, and locks it for a moment: it is not killed, and keeps nothing from starting."""
+    folder = runs.add("a-00000001")
+    with hold(folder):
+        pass
+    prepared: list[Path] = []
+
+    def prepare() -> None:
+        prepared.append(folder)
+        raise RuntimeError("that is far enough")
+
+    with (folder / "control" / "lock").open() as look:
+        fcntl.flock(look, fcntl.LOCK_SH)
+        assert list(_holders(folder / "control" / "lock")) == []
+        release = threading.Timer(0.3, fcntl.flock, (look, fcntl.LOCK_UN))
+        release.start()
+        assert start(read_job(folder / "config.yaml"), folder, prepare, following=False) == 1 and prepared
+        release.join()
+        with hold(folder):
+            assert list(_holders(folder / "control" / "lock")) == [os.getpid()]
 
 
 def test_cancel_of_what_does_not_run(runs: Runs, capsys: Capture) -> None:
