@@ -220,6 +220,10 @@ def test_a_job_that_submits_does_so_into_the_same_runs(arguments: list[str], tmp
     command = [sys.executable, str(kept / "launch" / "submit.py"), *own, "dry_run=true"]
     done = subprocess.run(command, cwd=kept, env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and f"run folder: {tmp_path / 'runs' / 'i2i'}/i2i-" in done.stdout, done.stderr
+    unset = {name: value for name, value in environment().items() if name != "SYNTHOS_RUNS"}
+    command = [sys.executable, "-m", "launch.cli", "status"]
+    done = subprocess.run(command, cwd=kept, env=unset, capture_output=True, text=True, timeout=120)
+    assert done.stdout == f"no runs to show in {tmp_path / 'runs'}\n", done.stderr
 
 
 @pytest.fixture
