@@ -10,10 +10,9 @@ from pathlib import Path
 
 from launch import snapshot
 from launch.look import Look, look_at
-from launch.rundir import STEP
 from launch.runs import all_runs, find_several, is_held, runs_root
 from launch.tell import console, new_parser, print_json, size, table, warn
-from synthos.train.checkpoint_files import is_whole, remove
+from synthos.train.checkpoint_files import STEP, is_whole, remove
 
 YOUNG_SECONDS = 3600  # a copy of code may be of a run that is just being submitted
 OLD_CHECKPOINT = "old checkpoint"
