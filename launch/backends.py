@@ -1,6 +1,7 @@
 """How a run starts: in this process, by torchrun on this machine, or by Slurm. `cluster.backend` names the function."""
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,6 +10,9 @@ from typing import IO, Any
 
 from launch import agent, attempts, journal, render, requeue, slurm
 from synthos.schema import JobConfig
+
+# Slurm's words for an answer that did not arrive; the job may be in the queue all the same.
+UNANSWERED = re.compile("timed out|(send|receive|shutdown) failure|zero bytes|reset by peer", re.IGNORECASE)
 
 
 def start(config: JobConfig, folder: Path, lock: IO[str]) -> int:
@@ -44,18 +48,23 @@ def submitit(config: JobConfig, folder: Path, lock: IO[str]) -> int:
     """A job of one agent per node, whose only argument is the run folder."""
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
+    (folder / "slurm").mkdir(exist_ok=True)
+    (folder / "slurm" / "job.sh").write_text(render.job_file(config, folder))  # for a successor
     with journal.intend(Path(config.runs_dir), folder) as intent:
         try:
             with environment(render.clean(config.cluster, os.environ)):
                 job = executor(config, folder).submit(agent.task, str(folder))
         except (FailedJobError, FailedSubmissionError) as error:
-            intent.refused()
-            print(f"error: sbatch: {slurm.words(str(error))}", file=sys.stderr)
+            said = slurm.words(str(error))
+            if isinstance(error, FailedJobError) and not UNANSWERED.search(said):
+                intent.refused()
+            else:
+                said += f"; {journal.WAIT}"
+            print(f"error: sbatch: {said}", file=sys.stderr)
             return 1
         intent.complete(job.job_id)
-    (folder / "slurm" / "job.sh").write_text(render.job_file(config, folder))  # for a successor
     print(f"submitted job {job.job_id} of {folder}")
-    print(f"follow it: the same command with follow=true, or tail -F {render.output(folder, job.job_id)}")
+    print(f"follow it: synthos logs -f {folder}")
     print(f"stop it:   synthos stop {folder}")
     return 0
 
@@ -88,7 +97,7 @@ def sbatch(config: JobConfig, folder: Path, lock: IO[str]) -> int:
     """Nothing but the line to type: for sites where submitit is not wanted."""
     (folder / "slurm").mkdir(exist_ok=True)
     (folder / "slurm" / "job.sh").write_text(render.job_file(config, folder))
-    print(f"stop it:   synthos stop {folder}\nfollow it: tail -F {render.output(folder, '<job>')}")
+    print(f"stop it:   synthos stop {folder}\nfollow it: synthos logs -f {folder}")
     print(f"prepared {folder}; start it with\n{render.sbatch_line(config, folder, os.environ)}")
     return 0
 

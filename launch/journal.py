@@ -23,6 +23,7 @@ from synthos.files import read_json, write_json
 
 FOLDER = ".submits"  # in runs_dir
 IN_FLIGHT_SECONDS = 60  # so long a submission may take effect whose submitter has died
+WAIT = f"whether Slurm has its job is known {IN_FLIGHT_SECONDS} s later: try again then"
 
 
 class Intent:
@@ -87,16 +88,21 @@ def settle(runs_dir: Path) -> list[tuple[Path, str]]:
 
 
 def pending(runs_dir: Path, folder: Path) -> bool:
-    """Whether a submission of this run was cut short just now, so that its job may still appear in the queue."""
-    return any(intent.folder == folder for intent in _abandoned(runs_dir))
+    """Whether a submission of this run was cut short just now, so that its job may still appear in the queue.
+
+    For the holder of the run's lock: then the submitter of every intent is dead, also of one that another command has
+    locked to settle it.
+    """
+    intents = (read_json(path) for path in (runs_dir / FOLDER).glob("*.intent"))
+    return any(said.get("folder") == str(folder) for said in intents)
 
 
 def _abandoned(runs_dir: Path) -> Iterator[Intent]:
     for path in sorted((runs_dir / FOLDER).glob("*.intent")):
         try:
             with path.open("r+") as file:
-                if lock(file):
-                    yield Intent(path, read_json(path))
+                if lock(file) and (said := read_json(path)):  # empty: settled before it was locked
+                    yield Intent(path, said)
         except FileNotFoundError:  # it has just been settled
             continue
 

@@ -20,6 +20,7 @@ STALLED_SECONDS = 60.0  # without a heartbeat, or
 STALLED_STEPS = 3  # so many median steps, whatever is longer
 TAIL_BYTES = 2**16  # of metrics.jsonl: the newest steps
 CANCELLED = "cancelled.json"  # in control/: which job a person cancelled
+NO_PROGRESS = "no_progress"  # begins the reason of `launch.decision` for giving up
 ALIVE = ("queued", "starting", "running", "stalled")
 WRONG = ("stalled", "failed", "cancelled", "lost", "unknown", "unreadable")
 READERS = 8  # threads: a folder may be far away
@@ -145,11 +146,15 @@ class _Folder:
             return "lost", f"attempt {self.attempt} {where} was never closed, and no job and no process is left"
         if self._waits():
             return "lost", f"job {_text(self.submitted)} left the queue without an attempt; see {self.folder / 'slurm'}"
+        if following.get("decision") in ("restart", "requeue"):
+            why = f"attempt {self.attempt} was to be followed by another ({following['reason']})"
+            return "lost", f"{why}, and no job and no process is left"
         return self._ended()
 
     def _unanswered(self, is_open: bool) -> bool:
-        """Whether only Slurm could tell: an attempt of a job is open, or a job was submitted after the last one."""
-        return bool(self.problem) and ((is_open and bool(self.record.get("job"))) or self._waits())
+        """Whether only Slurm could tell: a job's attempt is open, or another is to follow, or a job came after it."""
+        goes_on = is_open or self.record.get("next", {}).get("decision") in ("restart", "requeue")
+        return bool(self.problem) and ((goes_on and bool(self.record.get("job"))) or self._waits())
 
     def _waits(self) -> bool:
         """Whether a job was submitted that has opened no attempt."""
@@ -184,7 +189,9 @@ class _Folder:
         if not self.record:
             lost = "lost", f"attempt {self.attempt} ended before it had a record"
             return lost if self.attempt else ("prepared", "never started")
-        status, cause = self.record["status"], self.record["cause"]
+        status, cause, following = self.record["status"], self.record["cause"], self.record.get("next", {})
+        if following.get("failed") or str(following.get("reason", "")).startswith(NO_PROGRESS):
+            return "failed", f"{cause}: {following['reason']}"  # it was to go on, and will not
         if status == "failed":
             own = self.verdict if self.verdict.get("attempt") == self.attempt else {}
             told = _read(failure_file(self.folder, self.attempt)) or own

@@ -5,6 +5,12 @@ from dataclasses import dataclass
 from launch.site import Partition, Site
 from launch.tell import duration
 
+AGAIN = {  # by cluster.requeue
+    "scontrol": "Slurm starts the job again",
+    "chain": "the next job of the chain goes on",
+    "none": "the run ends, since cluster.requeue is none",
+}
+
 
 @dataclass(frozen=True)
 class Ending:
@@ -34,22 +40,21 @@ class Ending:
         return f"{self.signal}, SIGKILL {duration(self.seconds)} later; {self.then}"
 
 
-def endings(site: Site, partition: Partition | None, notice_seconds: int) -> list[Ending]:
-    """How jobs of a partition end that get SIGUSR2 so long before their limit."""
+def endings(site: Site, partition: Partition | None, notice_seconds: int, requeue: str) -> list[Ending]:
+    """How jobs of a partition end that get SIGUSR2 so long before their limit, with a `cluster.requeue`."""
+    again = AGAIN[requeue]
     wait = site.kill_wait_seconds
     over = site.number("OverTimeLimit") or 0
     found = [
-        Ending(
-            "time limit", "SIGUSR2", notice_seconds + over * 60 + wait, "Slurm ends the job, unless it was requeued"
-        ),
+        Ending("time limit", "SIGUSR2", notice_seconds + over * 60 + wait, again),
         Ending("cancel", "SIGTERM", wait, "Slurm ends the job"),
     ]
     if partition and preemptible(site, partition):
         signal = "SIGUSR2" if site.user_signal else "SIGTERM"
         mode = partition.preempt_mode.split(",")[-1]
-        then = "Slurm requeues the job" if mode == "REQUEUE" else f"the job is preempted ({mode})"
+        then = again if mode == "REQUEUE" else f"the job is preempted ({mode})"
         found.append(Ending("preemption", signal, partition.grace_seconds + wait, then))
-    return [*found, Ending("node failure", "", 0, "Slurm requeues the job")]  # which asks for it: sbatch --requeue
+    return [*found, Ending("node failure", "", 0, again)]
 
 
 def preemptible(site: Site, partition: Partition) -> bool:

@@ -4,7 +4,6 @@ import dataclasses
 import errno
 import fcntl
 import itertools
-import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,9 +16,7 @@ from launch import provenance, snapshot
 from synthos.run import read_verdict
 from synthos.schema import GenerateConfig, JobConfig, RunConfig
 from synthos.strict import write_config
-from synthos.train.checkpoint_files import is_whole
-
-STEP = re.compile(r"step_(\d+)")
+from synthos.train.checkpoint_files import STEP, is_whole
 
 
 @dataclass(frozen=True)

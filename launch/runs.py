@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.compose import CHECKOUT
+from launch.compose import RUNS
 from synthos.strict import unknown
 
 NAME = re.compile(r"(?P<name>.+)-(?P<signature>[0-9a-f]{8})(-g\d+)?")  # of a run folder
@@ -15,8 +15,8 @@ SHOWN = 10  # candidates of an ambiguous name
 
 
 def runs_root() -> Path:
-    """The folder of all runs: `SYNTHOS_RUNS`, or else `runs/` in the checkout."""
-    return Path(os.environ.get("SYNTHOS_RUNS") or CHECKOUT / "runs").expanduser().absolute()
+    """The folder of all runs: `SYNTHOS_RUNS`, or else where a submission from this checkout puts them."""
+    return Path(os.environ.get("SYNTHOS_RUNS") or RUNS).expanduser().absolute()
 
 
 def all_runs(root: Path) -> list[Path]:

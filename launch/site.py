@@ -106,10 +106,7 @@ def parse_settings(text: str) -> dict[str, str]:
 
 
 def _answer(command: list[str]) -> str:
-    try:
-        done = slurm.ask(command)
-    except FileNotFoundError:
-        raise RuntimeError(f"there is no {command[0]} on PATH here; ask from a login node of the cluster") from None
+    done = slurm.ask(command)
     if done.returncode:
         raise RuntimeError(f"{command[0]}: {slurm.words(done.stderr)}")
     return done.stdout

@@ -45,7 +45,7 @@ def take(checkout: Path, store: Path, leave_out: Sequence[Path] = ()) -> Path:
     """
     names = [name for part in list_files(checkout, leave_out) for name in part]
     kept = store / tree_of(checkout, names)
-    if kept.is_dir():
+    if _renewed(kept):
         return kept
     part = store / f".{socket.gethostname()}-{uuid.uuid4().hex}.part"
     try:
@@ -59,6 +59,17 @@ def take(checkout: Path, store: Path, leave_out: Sequence[Path] = ()) -> Path:
     finally:
         remove(part)
     return kept
+
+
+def _renewed(kept: Path) -> bool:
+    """Whether there is such a copy; `synthos gc` leaves it alone for a while, until its run has a config."""
+    try:
+        os.utime(kept)
+    except PermissionError:  # another user's, as old as it is
+        pass
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def _copy(checkout: Path, names: Iterable[str], part: Path) -> None:

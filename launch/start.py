@@ -11,7 +11,7 @@ from launch.follow import follow
 from launch.rundir import hold, read_state
 from synthos.schema import JobConfig
 
-WAIT = f"whether Slurm has its job is known {journal.IN_FLIGHT_SECONDS} s later: try again then"
+HOLD_SECONDS = 2  # a command that looks at the lock has it for a moment
 
 
 def start(config: JobConfig, folder: Path, prepare: Callable[[], None], following: bool) -> int:
@@ -25,12 +25,14 @@ def start(config: JobConfig, folder: Path, prepare: Callable[[], None], followin
     """
     with ExitStack() as stack:
         try:
-            lock = stack.enter_context(hold(folder))
+            lock = stack.enter_context(hold(folder, HOLD_SECONDS))
         except ValueError as error:  # the one fault of the user that only trying tells
             print(f"error: {error}", file=sys.stderr)
             return 2
         try:
             _settle(Path(config.runs_dir))
+            # Before the queue is asked: where another command settles it meanwhile, the job is found there.
+            cut_short = lock is not None and journal.pending(Path(config.runs_dir), folder)
             queued = slurm.job_of(folder)
         except RuntimeError as error:  # nothing is started that may be running already
             print(f"error: whether {folder} has a job already is not known: {error}", file=sys.stderr)
@@ -41,8 +43,8 @@ def start(config: JobConfig, folder: Path, prepare: Callable[[], None], followin
             record = newest_record(folder)
             by = f" (attempt {record['attempt']} on {record['host']}, process {record['pid']})" if record else ""
             print(f"{folder} is running already{by}", file=sys.stderr)
-        elif journal.pending(Path(config.runs_dir), folder):
-            print(f"error: a submission of {folder} was just cut short; {WAIT}", file=sys.stderr)
+        elif cut_short:
+            print(f"error: a submission of {folder} was just cut short; {journal.WAIT}", file=sys.stderr)
             return 1
         else:
             state = read_state(folder)  # again: now nobody else can change it

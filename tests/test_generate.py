@@ -297,6 +297,28 @@ def test_a_dry_run_of_a_job_prints_the_plan_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_resumed_job_is_checked_like_a_new_one(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bin").mkdir()  # without sbatch: the line for it is typed elsewhere
+    (tmp_path / "bin" / "git").symlink_to(str(shutil.which("git")))
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    given = [f"weights={trained.weights}", "prompt=a", f"runs_dir={tmp_path}", f"cache_dir={tmp_path / 'cache'}"]
+    assert main(["generate", *given, "cluster=slurm", "cluster.backend=sbatch", "nodes=1"]) == 0
+    (config,) = tmp_path.glob("generate/*/config.yaml")
+    before = config.read_bytes()
+    monkeypatch.setenv("SOME_PASSWORD", "planted-0451")
+    capsys.readouterr()
+    for override, message in {
+        "cluster.time=soon": "error: cluster.time: 'soon' is not allowed",
+        "cluster.account=planted-0451": "error: cluster.account: '***' holds a secret",
+    }.items():
+        assert main(["resume", str(config.parent), override]) == 2
+        shown = capsys.readouterr()
+        assert shown.out == "" and shown.err.startswith(message), shown.err
+    assert config.read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -9,12 +9,12 @@ import yaml
 from launch.check import FILE_NAME, FILE_NAME_WORDS, cluster_problems, limit_seconds
 from launch.compose import CONFIGS
 from launch.outlook import Ending, endings
+from launch.render import NOTICE_SECONDS, notice_seconds
 from launch.site import Partition, Site, read_site
 from launch.tell import console, duration, new_parser, print_json, table, warn
 from synthos.schema import ClusterConfig, JobConfig
 from synthos.strict import DUMPER, dump, load, read_yaml
 
-NOTICE_SECONDS = 300  # of a proposed page, before the limit
 TIME = "24:00:00"  # of a proposed page, where the partition allows it
 SPARE_MEMORY = 0.95  # of a node's: the rest is the system's
 
@@ -45,15 +45,16 @@ def main(arguments: list[str]) -> int:
         if file.exists():
             raise ValueError(f"--write: {file} is there already; expected another name")
         file.write_text(render(site, page))
-    found = findings(site, partition)
+    ends = endings(site, partition, notice_seconds(page), page.requeue)
+    found = findings(site, partition, ends)
     if args.json:
-        print_json(_as_json(site, partition, page, found, file if args.write else None))
+        print_json(_as_json(site, partition, page, ends, found, file if args.write else None))
     else:
-        _print(site, partition, page, found, file if args.write else None)
+        _print(site, partition, page, ends, found, file if args.write else None)
     return 0
 
 
-def findings(site: Site, partition: Partition) -> list[str]:
+def findings(site: Site, partition: Partition, ends: list[Ending]) -> list[str]:
     """What a person should know, a line each."""
     found = []
     if site.signals_reach_ranks:
@@ -70,7 +71,7 @@ def findings(site: Site, partition: Partition) -> list[str]:
         found.append(f"jobs of {partition.name} end after {partition.limit} at the latest")
     if not partition.gpus:
         found.append(f"nodes of {partition.name} have no GPU that Slurm knows of")
-    for ending in endings(site, partition, NOTICE_SECONDS):
+    for ending in ends:
         if ending.cause == "preemption" and ending.seconds < 60:
             found.append(
                 f"preemption leaves {duration(ending.seconds)} to save (GraceTime {partition.grace_seconds} s + "
@@ -85,6 +86,7 @@ def propose(site: Site, partition: Partition, name: str) -> ClusterConfig:
     limit = limit_seconds(partition.limit) if partition.limit else None
     short = limit is not None and limit < (limit_seconds(TIME) or 0)
     time = partition.limit if short and partition.limit else TIME
+    most = (limit_seconds(time) or 0) // 4  # of the job, that it may spend on its end
     plain |= {
         "name": name,
         "partition": partition.name,
@@ -94,7 +96,7 @@ def propose(site: Site, partition: Partition, name: str) -> ClusterConfig:
         "cpus_per_rank": max(1, partition.cpus // max(partition.gpus, 1)) if partition.gpus else 1,
         "mem": f"{int(partition.memory_mb * SPARE_MEMORY)}M" if partition.memory_mb else None,
         "time": time,
-        "notice_seconds": min(NOTICE_SECONDS, max(1, (limit_seconds(time) or 0) // 4)),
+        "notice_seconds": None if most >= NOTICE_SECONDS else max(1, most),  # null goes by what saves take
     }
     cluster = load(ClusterConfig, plain)
     job = JobConfig("train", "doctor", "doctor", 1, max(partition.gpus, 1), "", "", cluster)
@@ -110,7 +112,7 @@ def render(site: Site, page: ClusterConfig) -> str:
 
 
 def _as_json(
-    site: Site, partition: Partition, page: ClusterConfig, found: list[str], file: Path | None
+    site: Site, partition: Partition, page: ClusterConfig, ends: list[Ending], found: list[str], file: Path | None
 ) -> dict[str, Any]:
     return {
         "cluster": site.name,
@@ -118,7 +120,7 @@ def _as_json(
         "settings": _settings(site),
         "partitions": [dataclasses.asdict(one) for one in site.partitions],
         "partition": partition.name,
-        "endings": [dataclasses.asdict(one) for one in endings(site, partition, NOTICE_SECONDS)],
+        "endings": [dataclasses.asdict(one) for one in ends],
         "findings": found,
         "page": dump(page),
         "written": str(file) if file else None,
@@ -130,14 +132,16 @@ def _settings(site: Site) -> dict[str, str]:
     return {name: site.settings.get(name, "") for name in f"{names} AccountingStorageType".split()}
 
 
-def _print(site: Site, partition: Partition, page: ClusterConfig, found: list[str], file: Path | None) -> None:
+def _print(
+    site: Site, partition: Partition, page: ClusterConfig, ends: list[Ending], found: list[str], file: Path | None
+) -> None:
     show = console().print
     print(f"{site.name}, Slurm {site.version}")
     show(table(["setting", "value"], _settings(site).items()))
     columns = ["partition", ">nodes", ">CPUs", ">memory", ">GPUs", "limit", "preempt", ">grace"]
     show(table(columns, [_row(one) for one in site.partitions]))
-    show(table(["a job's end", "what arrives"], [_ending(one) for one in endings(site, partition, NOTICE_SECONDS)],
-               f"jobs of {partition.name}, with notice_seconds {NOTICE_SECONDS}"))  # fmt: skip
+    title = f"jobs of {partition.name}, with a notice of {notice_seconds(page)} s"
+    show(table(["a job's end", "what arrives"], [_ending(one) for one in ends], title))
     for line in found:
         print(f"- {line}")
     print(

@@ -67,7 +67,7 @@ def main(arguments: list[str]) -> int:
         try:
             site = read_site()
             notice = notice_seconds(config.cluster, saves)
-            found = endings(site, site.partition(config.cluster.partition), notice)
+            found = endings(site, site.partition(config.cluster.partition), notice, config.cluster.requeue)
             if one.state != "queued" and not one.alive:
                 said["if_submitted"] = slurm.would_take(config, folder)[1]
         except RuntimeError as error:

@@ -3,20 +3,19 @@
 import dataclasses
 import os
 import shutil
-import stat
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from launch import snapshot
 from launch.look import Look, look_at
-from launch.rundir import STEP
 from launch.runs import all_runs, find_several, is_held, runs_root
 from launch.tell import console, new_parser, print_json, size, table, warn
-from synthos.train.checkpoint_files import is_whole
+from synthos.train.checkpoint_files import STEP, is_whole, remove
 
-CODE = ".code"  # in the runs' folder: copies of code, shared by runs
 YOUNG_SECONDS = 3600  # a copy of code may be of a run that is just being submitted
+OLD_CHECKPOINT = "old checkpoint"
 
 
 @dataclass(frozen=True)
@@ -62,12 +61,12 @@ def main(arguments: list[str]) -> int:
 def of_run(folder: Path, one: Look) -> Iterator[Waste]:
     """What may go of a run that has neither job nor process."""
     checkpoints = sorted((folder / "checkpoints").glob("step_*"))
-    for part in sorted((folder / "checkpoints").glob(".step_*.part")):
-        yield _waste(folder, "unfinished checkpoint", part)
+    for left in sorted((folder / "checkpoints").glob(".step_*")):
+        yield _waste(folder, "unfinished checkpoint" if left.suffix == ".part" else "half-deleted checkpoint", left)
     whole = [path for path in checkpoints if STEP.fullmatch(path.name) and is_whole(path)]
     if one.state == "done":
         for path in whole[:-1]:
-            yield _waste(folder, "old checkpoint", path)
+            yield _waste(folder, OLD_CHECKPOINT, path)
     for attempt in sorted((folder / "attempts").glob("[0-9]*")):
         if attempt.is_dir() and not any(attempt.iterdir()):
             yield _waste(folder, "empty attempt", attempt)
@@ -76,9 +75,8 @@ def of_run(folder: Path, one: Look) -> Iterator[Waste]:
 def unused_code(root: Path, folders: Sequence[Path]) -> Iterator[Waste]:
     """Copies of code below `root` that no run leads to, and that are not of this hour."""
     used = {os.path.realpath(folder / "code") for folder in folders}
-    for path in sorted((root / CODE).glob("*")):
-        old = time.time() - path.stat().st_mtime > YOUNG_SECONDS
-        if path.is_dir() and old and os.path.realpath(path) not in used:
+    for path in sorted((root / snapshot.STORE).glob("*")):
+        if path.is_dir() and os.path.realpath(path) not in used and not _is_young(path):
             yield Waste("", "unused code", str(path), _bytes(path))
 
 
@@ -96,10 +94,28 @@ def _delete(waste: Waste) -> str:
     if waste.run and is_held(path.parents[1]):
         return f"{path}: left alone, its run is alive again"
     try:
-        for folder in (path, *path.rglob("*")):  # copies of code are read-only
-            if folder.is_dir() and not folder.is_symlink():
-                folder.chmod(folder.stat().st_mode | stat.S_IWUSR)
-        shutil.rmtree(path)
+        if not waste.run:
+            return _delete_code(path)
+        elif waste.kind == OLD_CHECKPOINT:
+            remove(path)
+        else:
+            shutil.rmtree(path)
     except OSError as error:
         return f"{path}: {error.strerror}"
     return ""
+
+
+def _delete_code(path: Path) -> str:
+    """Its name goes first, so that none is ever there by half; one that a submission takes meanwhile gets it back."""
+    gone = path.with_name(f".{path.name}.part")
+    path.rename(gone)
+    if _is_young(gone):
+        gone.rename(path)
+        return f"{path}: left alone, a run was just submitted with it"
+    path.with_name(f"{path.name}.json").unlink(missing_ok=True)
+    snapshot.remove(gone)
+    return f"{gone}: not all of it could be deleted" if gone.exists() else ""
+
+
+def _is_young(path: Path) -> bool:
+    return time.time() - path.stat().st_mtime < YOUNG_SECONDS

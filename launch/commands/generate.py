@@ -55,16 +55,12 @@ def main(arguments: list[str]) -> int | Callable[[], int]:
     own = [f"{key}={value}" for key, value in pairs if key not in names and key != "weights"]
     config, once = compose_generate(given["weights"], own)
     source = find_source(Path(config.weights), config.average)
-    if problems := generation_problems(config):
-        raise ValueError("\n".join(problems))
     out = Path(once.out).expanduser() if once.out else None
     name = file_name(out.stem) if out and out.suffix and not out.is_dir() else None
     requests = ask(config, recipe, {key: value for key, value in given.items() if key in names}, name)
     config = dataclasses.replace(config, requests=requests, weights=str(source.path))
     if "cluster" not in given:
         return here(config, source, recipe, out, once.device)
-    if problems := [*secrets(dump(config))]:
-        raise ValueError("\n".join(problems))
     plan = make_plan(config, source, once.force == "new")
     if once.dry_run:
         print(plan.render(), plan.job(), sep="\n", end="")
@@ -79,6 +75,8 @@ def here(
     from synthos.generate import choose_device, fill, open_recipe
     from synthos.train.distributed import choose_dtype
 
+    if problems := generation_problems(config):
+        raise ValueError("\n".join(problems))
     assert isinstance(config.requests, list)
     requests = [recipe.Request(**row) for row in config.requests]
     place(out, [[row["name"]] for row in config.requests], config.grid)  # before anything is opened
@@ -143,7 +141,9 @@ def make(generator: Any, requests: list[Any], files: list[list[Path]], config: G
 
 
 def make_plan(config: GenerateConfig, source: Source, new: bool = False) -> GeneratePlan:
-    """Everything that can be known of a job before it starts."""
+    """Everything that can be known of a job before it starts; ValueError, in one message, for what can't work."""
+    if problems := [*generation_problems(config), *secrets(dump(config))]:
+        raise ValueError("\n".join(problems))
     folder = run_folder(config, sig8_of_generation(config), new)
     lines, notes = slurm.look(config, folder)
     lines += [*machine_problems(config), *code_problems(config, CHECKOUT), *missing(source.model)]

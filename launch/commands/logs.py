@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from launch import squeue
+from launch.attempts import attempt_folder
 from launch.look import look, tail
 from launch.runs import find_one
 from launch.tell import new_parser, print_json, warn
@@ -53,7 +54,7 @@ def log_files(folder: Path, attempt: int, rank: int | None, failed: int | None) 
     if not attempt:
         outputs = sorted((folder / "slurm").glob("*.out"), key=lambda file: file.stat().st_mtime)
         return outputs[-1:]
-    own = _attempt_folder(folder, attempt)
+    own = attempt_folder(folder, attempt)
     if rank is not None:
         file = own / f"rank-{rank:05d}.log"
         if not file.is_file():
@@ -108,7 +109,7 @@ def _grown(folder: Path, rank: int | None, shown: dict[Path, int], lines: int) -
     attempts = _attempts(folder)
     attempt = attempts[-1] if attempts else 0
     if rank is not None and attempt:
-        files = [_attempt_folder(folder, attempt) / f"rank-{rank:05d}.log"]
+        files = [attempt_folder(folder, attempt) / f"rank-{rank:05d}.log"]
     else:
         files = log_files(folder, attempt, None, None)
     for file in files:
@@ -134,10 +135,6 @@ def _read_on(file: Path, offset: int) -> bytes:
         stream.seek(max(offset, 0))
         text = stream.read()
     return text[: text.rfind(b"\n") + 1]
-
-
-def _attempt_folder(folder: Path, attempt: int) -> Path:
-    return failure_file(folder, attempt).parent  # launch.attempts has it too, and torch with it
 
 
 def _attempts(folder: Path) -> list[int]:

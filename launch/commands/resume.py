@@ -45,10 +45,9 @@ def main(arguments: list[str]) -> int | Callable[[], int]:
     if one.alive:
         warn(f"error: {folder.name} is {one.state} already" + (f" ({one.detail})" if one.detail else ""))
         return 1
-    command = ["synthos", "resume", *arguments]
-    if args.json:
-        return _as_json(folder, lambda: start_again(folder, config, command, False))
-    return start_again(folder, config, command, args.follow)
+    with quietly(args.json):
+        work = plan_again(folder, config, ["synthos", "resume", *arguments], args.follow)
+    return (lambda: _as_json(folder, work)) if args.json else work
 
 
 def _as_json(folder: Path, work: Callable[[], int]) -> int:
@@ -82,8 +81,8 @@ def changed_config(folder: Path, overrides: Sequence[str]) -> JobConfig:
     return _with_files(load(type(config), plain), folder)
 
 
-def start_again(folder: Path, config: JobConfig, command: list[str], following: bool) -> int:
-    """Start the run in `folder` with a config from `changed_config`; returns the exit code of the start.
+def plan_again(folder: Path, config: JobConfig, command: list[str], following: bool) -> Callable[[], int]:
+    """Check the run in `folder` with a config from `changed_config`; returns its start, which has an exit code.
 
     Raises ValueError, in one message, for what keeps it from starting, and for data or weights that are not those it
     began with.
@@ -93,21 +92,22 @@ def start_again(folder: Path, config: JobConfig, command: list[str], following: 
 
         job = generate.make_plan(config, find_source(Path(config.weights), config.average))
         _check_same(folder, job.folder)
-        return int(generate.as_job(dataclasses.replace(job, folder=folder), command, following)())
+        return generate.as_job(dataclasses.replace(job, folder=folder), command, following)
     assert isinstance(config, RunConfig)
     plan = submit.make_plan(config, dry_run=False)
     if plan.survey.missing:
         raise ValueError("\n".join(plan.survey.missing))
     assert plan.folder is not None, "nothing is missing"
     _check_same(folder, plan.folder)
-    return submit.begin(dataclasses.replace(plan, folder=folder, state=read_state(folder)), command, following)
+    plan = dataclasses.replace(plan, folder=folder, state=read_state(folder))
+    return lambda: submit.begin(plan, command, following)
 
 
 def _check_same(folder: Path, planned: Path) -> None:
     """Raise ValueError where a submission of the same config would be another run by now."""
     if signature(planned) != signature(folder):
         raise ValueError(
-            f"{folder.name}: data, weights or requests behind its paths have changed: a submission would now be "
+            "data, weights or requests behind its paths have changed: a submission would now be "
             f"{planned.name}; expected those it began with"
         )
 

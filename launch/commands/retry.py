@@ -3,8 +3,11 @@
 Budgets of restarts count attempts that followed each other by themselves, so what a person starts has a fresh one.
 """
 
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
 from launch import squeue
-from launch.commands.resume import changed_config, quietly, start_again
+from launch.commands.resume import changed_config, plan_again, quietly
 from launch.look import look
 from launch.runs import find_several
 from launch.tell import new_parser, print_json, warn
@@ -12,27 +15,37 @@ from launch.tell import new_parser, print_json, warn
 RETRIED = ("failed", "lost")
 
 
-def main(arguments: list[str]) -> int:
-    """Start failed runs again, with a fresh budget of attempts."""
+def main(arguments: list[str]) -> Callable[[], int]:
+    """Find the runs; returns the start of those that failed, with a fresh budget of attempts."""
     parser = new_parser("retry", "Start failed runs again, with a fresh budget of attempts.", "+")
     parser.add_argument("--failed", action="store_true", help="leave out those that have not failed")
     args = parser.parse_args(arguments)
     folders = find_several(args.runs)
+    return lambda: _start(folders, ["synthos", "retry", *arguments], args.failed, args.json)
+
+
+def _start(folders: Sequence[Path], command: list[str], only_failed: bool, as_json: bool) -> int:
+    """Start one after the other; what is wrong with one is said, and keeps no other from its start."""
     queue = squeue.ask(folders)
     code, told = 0, []
     for folder in folders:
         one = look(folder, queue)
         if one.state in RETRIED:
-            config = changed_config(folder, [])
-            with quietly(args.json):
-                own = start_again(folder, config, ["synthos", "retry", *arguments], False)
+            with quietly(as_json):
+                try:
+                    work = plan_again(folder, changed_config(folder, []), command, False)
+                except ValueError as error:
+                    warn(f"error: {one.name}: {error}")
+                    own = 2
+                else:
+                    own = work()
             told.append({"run": one.name, "started": own == 0, "exit_code": own})
             code = max(code, own)
-        elif not args.failed:
+        elif not only_failed:
             warn(f"{one.name}: is {one.state}, it has not failed; `synthos resume` goes on with a stopped run")
             told.append({"run": one.name, "started": False, "exit_code": 1})
             code = 1
-    if args.json:
+    if as_json:
         print_json({"runs": told})
     elif not told:
         print(f"no failed run among {len(folders)}")

@@ -73,11 +73,20 @@ def _end(folder: Path, one: Look, jobs: Sequence[squeue.Job]) -> tuple[bool, str
 
 
 def _holders(lock: Path) -> Iterator[int]:
-    """The processes of this machine that have a file open, as /proc tells."""
+    """The processes of this machine that have the run's lock, as /proc tells: who looks at it only reads the file."""
     for pid in sorted(int(entry.name) for entry in Path("/proc").glob("[0-9]*")):
         with suppress(OSError):  # another user's, or it has just ended
-            if any(os.path.samefile(file, lock) for file in Path(f"/proc/{pid}/fd").iterdir() if file.exists()):
+            files = [
+                file for file in Path(f"/proc/{pid}/fd").iterdir() if file.exists() and os.path.samefile(file, lock)
+            ]
+            if any(_is_written(pid, file.name) for file in files):
                 yield pid
+
+
+def _is_written(pid: int, descriptor: str) -> bool:
+    """Whether a process has opened a file to write to it."""
+    facts = Path(f"/proc/{pid}/fdinfo/{descriptor}").read_text().split()
+    return int(facts[facts.index("flags:") + 1], 8) & os.O_ACCMODE != os.O_RDONLY
 
 
 def _told(one: Look, done: bool, what: str) -> dict[str, object]:

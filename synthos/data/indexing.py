@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from synthos.data.index import ShardIndex, build_index, load_index, save_index
 from synthos.data.manifest import FILE, ShardLine, read_manifest, write_manifest
-from synthos.data.processes import forkserver, usable_cores
+from synthos.data.processes import forkserver, hear_stops, usable_cores
 from synthos.data.shards import ShardPlace, index_path
 from synthos.data.store.files import Storage
 from synthos.data.store.location import is_remote
@@ -157,6 +157,7 @@ def _fitting(path: Path, size: int) -> ShardIndex | None:
 def _follow_parent() -> None:
     """End with the process that asked, however it ends; Ctrl-C is its to handle."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    hear_stops()
     parent = multiprocessing.parent_process()
     assert parent is not None
 

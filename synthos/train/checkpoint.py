@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
 from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
 
 from synthos.train.checkpoint_files import (
+    STEP,
     Facts,
     find_changes,
     find_damage,
@@ -104,7 +105,7 @@ class Checkpoints:
         counters = {"train": state.counters(), "stream": stream}
         self._end()
         if self.saved == state.step:  # its tensors are the same; a validation since may have moved the counters
-            self._renew(final, counters)
+            self._renew(final, state.step, counters, wait)
             return final
         started = time.perf_counter()
         best = {f"step_{step:08d}" for _, step in state.best[: self.keep_best]}
@@ -158,7 +159,7 @@ class Checkpoints:
 
     def list(self) -> "list[Path]":
         """Every checkpoint folder, oldest first, whole or not."""
-        return sorted(self.folder.glob("step_*"))
+        return sorted(path for path in self.folder.glob("step_*") if STEP.fullmatch(path.name))
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -208,15 +209,15 @@ class Checkpoints:
             damage = find_changes(folder, facts, sorted(facts)[self.world.rank :: self.world.size])
         return next(filter(None, self.world.collect(damage)), "")
 
-    def _renew(self, final: Path, counters: dict[str, Any]) -> None:
-        failure = ""
+    def _renew(self, final: Path, step: int, counters: dict[str, Any], needed: bool) -> None:
+        failure = None
         if self.world.is_main:
             try:
                 write_counters(final, counters)
             except OSError as error:
-                failure = str(error)
+                failure = _Failure(error.errno in FULL, str(error))
         if failure := self.world.collect(failure)[0]:
-            raise RuntimeError(f"{final}: its counters can't be written again: {failure}")
+            self._tell(f"{final}: its counters can't be written again: {failure.text}", step, failure, needed)
 
     def _end(self, needed: bool = False) -> None:
         """Wait for the save under way, if any, and agree on how it ended."""
@@ -243,7 +244,10 @@ class Checkpoints:
         if self.world.is_main:
             shutil.rmtree(part_of(self.folder / f"step_{step:08d}"), ignore_errors=True)
         kept = "there is none yet" if self.saved is None else f"that of step {self.saved} is kept"
-        message = f"the checkpoint of step {step} can't be saved: {failure.text}; {kept}"
+        self._tell(f"the checkpoint of step {step} can't be saved: {failure.text}; {kept}", step, failure, needed)
+
+    def _tell(self, message: str, step: int, failure: _Failure, needed: bool) -> None:
+        """Raise RuntimeError for a failure, but of a full disk only where the save is `needed`."""
         if needed or not failure.full:
             raise RuntimeError(message)
         message = f"{message}, and training goes on"

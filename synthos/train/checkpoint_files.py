@@ -6,6 +6,7 @@ again on their own, and carry their checksum themselves.
 
 import json
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Iterable
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST, STATE = "manifest.json", "state.json"
+STEP = re.compile(r"step_(\d+)")  # a checkpoint's own name; a person's copy has another
 CHUNK = 1 << 22  # bytes read at a time
 Facts = dict[str, tuple[int, int]]  # of files by name: bytes and crc32
 

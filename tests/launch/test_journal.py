@@ -6,11 +6,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import IO
 
 import pytest
 
-from launch import journal
+from launch import backends, journal
 from launch.journal import FOLDER, IN_FLIGHT_SECONDS, intend, pending, settle
+from launch.rundir import hold, lock
+from tests.support import compose_for_test
 
 SQUEUE = """#!/bin/sh
 case "$*" in
@@ -62,7 +65,6 @@ def test_a_submission_is_written_before_and_completed_after(folder: Path) -> Non
     with intend(runs, folder) as intent:
         (open_one,) = (runs / FOLDER).iterdir()
         assert json.loads(open_one.read_text())["folder"] == str(folder) and open_one.suffix == ".intent"
-        assert not pending(runs, folder)  # its submitter lives
         intent.complete("17")
     (record,) = records(runs)
     assert (record["folder"], record["job"], record["pid"]) == (str(folder), "17", os.getpid())
@@ -108,6 +110,56 @@ def test_a_submission_without_a_job_is_closed_when_none_can_come(
     os.utime(abandoned, (then, then))
     assert settle(runs) == [] and not pending(runs, folder)
     assert [record["job"] for record in records(runs)] == [None] and not (folder / "slurm" / "job").exists()
+
+
+def test_a_submission_that_another_command_settles_is_pending(folder: Path, abandoned: Path) -> None:
+    with abandoned.open("r+") as file:
+        assert lock(file)
+        assert pending(folder.parents[1], folder)
+
+
+def test_an_intent_settled_between_two_looks_is_none(
+    folder: Path, abandoned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was opened before another command had settled it, and locked thereafter."""
+
+    def late(file: IO[str]) -> bool:
+        abandoned.unlink()
+        return lock(file)
+
+    queue(tmp_path, monkeypatch, "#!/bin/sh\n")
+    monkeypatch.setattr(journal, "lock", late)
+    assert settle(folder.parents[1]) == []
+
+
+@pytest.mark.parametrize(
+    ("said", "code", "open_intents"),
+    [
+        ("Batch job submission failed: Invalid account", 1, 0),
+        ("Batch job submission failed: Unable to contact slurm controller (connect failure)", 1, 0),
+        ("Batch job submission failed: Socket timed out on send/recv operation", 1, 1),
+        ("Batch job submission failed: Zero Bytes were transmitted or received", 1, 1),
+        ("Unable to contact slurm controller (receive failure)", 1, 1),
+        ("a site's own words, without a number", 0, 1),
+    ],
+)  # fmt: skip
+def test_a_submission_without_an_answer_is_not_forgotten(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    said: str, code: int, open_intents: int,
+) -> None:  # fmt: skip
+    queue(tmp_path, monkeypatch, SQUEUE, folder / "slurm" / "41.out")
+    for name, text in (("srun", ""), ("sbatch", f'cat <<"."\n{said}\n.\ncat >&2 <<"."\nsbatch: error: {said}\n.\n')):
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{text}exit {code}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    runs = folder.parents[1]
+    config = compose_for_test("recipe=i2i", "model=tiny", "data=photos", "cluster=slurm", f"runs_dir={runs}")
+    with hold(folder) as held:
+        assert held is not None and backends.start(config, folder, held) == 1
+        assert pending(runs, folder) == bool(open_intents)
+    assert said in (told := capsys.readouterr().err) and (journal.WAIT in told) == bool(open_intents)
+    assert len(list((runs / FOLDER).glob("*.intent"))) == open_intents
+    assert settle(runs) == [(folder, "41")] * open_intents
+    assert len(list((folder / "slurm").glob("41_submitted.pkl"))) == open_intents
 
 
 def test_a_living_submitter_is_left_alone(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,13 +82,13 @@ def test_the_copy_is_the_working_tree_and_has_gits_name(repository: Path, tmp_pa
 def test_a_copy_is_made_once_and_never_written_to(repository: Path, tmp_path: Path) -> None:
     store = tmp_path / ".code"
     first = snapshot.take(repository, store)
-    before = tree(first)
+    before = tree(*first.iterdir())  # its own time is that of the last take
     assert snapshot.take(repository, store) == first
     (repository / "staged.py").write_text("later\n")
     (repository / "synthos" / "unknown.py").unlink()
     (repository / "synthos" / "new.py").touch()
     second = snapshot.take(repository, store)
-    assert tree(first) == before and second != first
+    assert tree(*first.iterdir()) == before and second != first
     assert (second / "staged.py").read_text() == "later\n"
     assert listing(second) ^ listing(first) == {"synthos/unknown.py", "synthos/new.py"}
     snapshot.remove(first)
@@ -220,6 +220,10 @@ def test_a_job_that_submits_does_so_into_the_same_runs(arguments: list[str], tmp
     command = [sys.executable, str(kept / "launch" / "submit.py"), *own, "dry_run=true"]
     done = subprocess.run(command, cwd=kept, env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and f"run folder: {tmp_path / 'runs' / 'i2i'}/i2i-" in done.stdout, done.stderr
+    unset = {name: value for name, value in environment().items() if name != "SYNTHOS_RUNS"}
+    command = [sys.executable, "-m", "launch.cli", "status"]
+    done = subprocess.run(command, cwd=kept, env=unset, capture_output=True, text=True, timeout=120)
+    assert done.stdout == f"no runs to show in {tmp_path / 'runs'}\n", done.stderr
 
 
 @pytest.fixture

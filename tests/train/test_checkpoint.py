@@ -292,6 +292,41 @@ def test_a_full_disk_keeps_the_old_and_training_goes_on(world: World, small_disk
     assert_equal(save(checkpoints, state), save(new(folder / "straight", world), other))
 
 
+def test_a_full_disk_at_the_step_that_was_restored(world: World, small_disk: Path) -> None:
+    """A save that is due at once writes the counters only; the old ones stay, and training goes on."""
+    folder = small_disk / "checkpoints"
+    state = small_state()
+    save(new(folder, world), state)
+    before = read_counters(folder / "step_00000000")
+    again = new(folder, world)
+    again.restore(state)
+    fill(small_disk)
+    state.best = [(0.25, 0)]
+    save(again, state, wait=False)
+    (news,) = again.settle()
+    assert news.metrics == {"checkpoint/failed_step": 0}
+    assert re.search("its counters can't be written again: .*No space left.*, and training goes on", news.message)
+    assert is_whole(folder / "step_00000000") and read_counters(folder / "step_00000000") == before
+    with pytest.raises(RuntimeError, match="its counters can't be written again: .*No space left"):
+        save(again, state)
+
+
+def test_a_copy_that_a_person_has_made_is_no_checkpoint(world: World, tmp_path: Path) -> None:
+    """It sorts behind its original, and would be restored from, or push others out."""
+    state, checkpoints = small_state(), new(tmp_path, world, keep_last=1)
+    copies = [tmp_path / f"step_0000000{name}" for name in ("0_keep", "9.old")]
+    first = save(checkpoints, state)
+    for copy in copies:
+        shutil.copytree(first, copy)
+    for _ in range(2):
+        advance(state)
+        save(checkpoints, state)
+    assert names(tmp_path) == [copies[0].name, "step_00000002", copies[1].name]
+    other = small_state()
+    new(tmp_path, world).restore(other)
+    assert other.step == 2
+
+
 def test_counters_are_read_as_json_has_them(tmp_path: Path) -> None:
     write_counters(tmp_path, {"train": {"loss": float("inf")}, "stream": {2: (0.1, None), 10: "a"}})
     assert read_counters(tmp_path) == {"train": {"loss": float("inf")}, "stream": {"2": [0.1, None], "10": "a"}}

@@ -1,13 +1,18 @@
 """`synthos status` and `ls`: what is said of a run is what its files, its lock and its job say."""
 
 import json
+import os
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
+from launch import attempts
+from launch.decision import decide
 from launch.rundir import hold
-from tests.launch.commands.conftest import Runs, age_heartbeat, synthos
+from tests.launch.commands.conftest import BASE, Runs, age_heartbeat, synthos
+from tests.support import compose_for_test
 
 Capture = pytest.CaptureFixture[str]
 
@@ -95,6 +100,73 @@ def test_without_slurm_a_job_is_unknown_not_lost(
         assert look(capsys, "a")[1]["a-00000001"]["state"] == "running"
     synthos("status", "a")
     assert "there is no squeue on PATH here" in capsys.readouterr().err
+
+
+def closed(runs: Runs, name: str, decision: str, reason: str, cause: str = "time_limit", **more: object) -> Path:
+    """A run whose job ended, and what was decided to come next."""
+    folder = runs.add(name)
+    (folder / "slurm").mkdir()
+    (folder / "slurm" / "job").write_text("17")
+    runs.end(folder, runs.begin(folder, 40, job="17.0"), "stopped", cause=cause, step=40)
+    attempts.amend(folder, 1, next={"decision": decision, "reason": reason, **more})
+    return folder
+
+
+def test_a_run_that_gave_up_is_no_stopped_one(
+    runs: Runs, capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    squeue(tmp_path, monkeypatch)
+    stalled = closed(runs, "a-00000001", "requeue", "time_limit")
+    attempts.amend(stalled, 1, checkpoint_in=5, checkpoint_out=5)
+    record = attempts.newest_record(stalled)
+    for number in (2, 3):
+        again = {**record, "attempt": number, "job": f"17.{number}"}
+        path = stalled / "attempts" / f"{number:04d}" / "attempt.json"
+        path.parent.mkdir()
+        path.write_text(json.dumps(again))
+    cluster = compose_for_test(*BASE, "cluster=slurm").cluster
+    decision = decide(attempts.records(stalled), cluster, datetime.now(UTC))
+    assert decision.decision == "end"
+    attempts.amend(stalled, 3, next={"decision": decision.decision, "reason": decision.reason})
+    closed(runs, "b-00000002", "end", "time_limit; but scontrol is not on PATH on n1", failed=True)
+    closed(runs, "c-00000003", "end", "cluster.requeue is none")
+    closed(runs, "d-00000004", "requeue", "preempted, by cluster.requeue=scontrol", cause="preempted")
+    closed(runs, "e-00000005", "end", "somebody asked it to stop", cause="stop")
+    code, told = look(capsys, "i2i")
+    assert code == 1
+    said = {name: (run["state"], run["detail"]) for name, run in told.items()}
+    assert said.pop("d-00000004") == (
+        "lost",
+        "attempt 1 was to be followed by another (preempted, by cluster.requeue=scontrol), and no job and no process "
+        "is left",
+    )
+    assert said == {
+        "a-00000001": ("failed", f"time_limit: {decision.reason}"),
+        "b-00000002": ("failed", "time_limit: time_limit; but scontrol is not on PATH on n1"),
+        "c-00000003": ("stopped", "time_limit"),
+        "e-00000005": ("stopped", "stop"),
+    }
+
+
+def test_a_run_that_waits_for_slurm_can_be_stopped_though_slurm_says_nothing(
+    runs: Runs, capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    squeue(tmp_path, monkeypatch, "echo 'Unable to contact slurm controller' >&2; exit 1")
+    waits = closed(runs, "a-00000001", "requeue", "time_limit")
+    over = closed(runs, "b-00000002", "end", "cluster.requeue is none")
+    assert {name: run["state"] for name, run in look(capsys)[1].items()} == {
+        "a-00000001": "unknown", "b-00000002": "stopped",
+    }  # fmt: skip
+    assert synthos("stop", "a") == 0 and (waits / "control" / "stop").exists()
+    assert synthos("stop", "b") == 1 and not (over / "control" / "stop").exists()
+
+
+def squeue(folder: Path, monkeypatch: pytest.MonkeyPatch, answer: str = "") -> None:
+    """A Slurm whose queue is empty, or which answers so."""
+    (folder / "bin").mkdir()
+    (folder / "bin" / "squeue").write_text(f"#!/bin/sh\n{answer}\n")
+    (folder / "bin" / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
 
 
 def test_one_damaged_folder_hides_no_other(runs: Runs, capsys: Capture) -> None:

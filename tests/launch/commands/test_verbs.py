@@ -1,19 +1,26 @@
 """The verbs that act on a run or look into it: logs, stop, cancel, retry, diff, explain, gc, wandb sync, doctor."""
 
+import fcntl
 import json
 import logging
 import os
 import socket
 import stat
+import threading
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from launch import provenance
+from launch import provenance, snapshot
+from launch.commands import gc
+from launch.commands.stop import _holders
 from launch.rundir import hold
 from launch.runs import is_held
+from launch.start import start
 from synthos.run import _open_log
+from synthos.schema import JobConfig, read_job
 from synthos.train.checkpoint_files import MANIFEST, write_counters
 from tests.launch.commands.conftest import Runs, synthos
 
@@ -81,6 +88,28 @@ def test_stop_asks_those_that_run(runs: Runs, capsys: Capture) -> None:
     assert (running / "control" / "stop").exists()
 
 
+def test_who_looks_at_a_lock_does_not_hold_it(runs: Runs) -> None:
+    """A look has the file open, and locks it for a moment: it is not killed, and keeps nothing from starting."""
+    folder = runs.add("a-00000001")
+    with hold(folder):
+        pass
+    prepared: list[Path] = []
+
+    def prepare() -> None:
+        prepared.append(folder)
+        raise RuntimeError("that is far enough")
+
+    with (folder / "control" / "lock").open() as look:
+        fcntl.flock(look, fcntl.LOCK_SH)
+        assert list(_holders(folder / "control" / "lock")) == []
+        release = threading.Timer(0.3, fcntl.flock, (look, fcntl.LOCK_UN))
+        release.start()
+        assert start(read_job(folder / "config.yaml"), folder, prepare, following=False) == 1 and prepared
+        release.join()
+        with hold(folder):
+            assert list(_holders(folder / "control" / "lock")) == [os.getpid()]
+
+
 def test_cancel_of_what_does_not_run(runs: Runs, capsys: Capture) -> None:
     folder = runs.add("a-00000001")
     runs.begin(folder, 3)
@@ -96,6 +125,37 @@ def test_retry_is_for_failures(runs: Runs, capsys: Capture) -> None:
     assert "a-00000001: is done, it has not failed" in capsys.readouterr().err
     assert synthos("retry", "i2i", "--failed") == 0
     assert capsys.readouterr().out == "no failed run among 1\n"
+
+
+def test_retry_starts_the_others_though_one_cannot(
+    runs: Runs, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The names of these say that their data was another; what starts and fails by itself keeps its traceback."""
+    for number in (1, 2):
+        runs.finished(f"a-0000000{number}", "failed", group="mine", cause="crash", step=3)
+    assert synthos("retry", "mine", "--json") == 2
+    shown = capsys.readouterr()
+    assert json.loads(shown.out) == {
+        "runs": [{"run": f"a-0000000{number}", "started": False, "exit_code": 2} for number in (1, 2)]
+    }
+    for number in (1, 2):
+        assert f"error: a-0000000{number}: data, weights or requests behind its paths have changed" in shown.err
+    started: list[Path] = []
+
+    def plan(folder: Path, config: JobConfig, command: list[str], following: bool) -> Callable[[], int]:
+        def work() -> int:
+            started.append(folder)
+            raise ValueError("of the training")
+
+        return work
+
+    monkeypatch.setattr("launch.commands.retry.plan_again", plan)
+    monkeypatch.setattr("launch.commands.resume.plan_again", plan)
+    with pytest.raises(ValueError, match="of the training"):
+        synthos("retry", "a-00000001")
+    with pytest.raises(ValueError, match="of the training"):
+        synthos("resume", "a-00000002")
+    assert [folder.name for folder in started] == ["a-00000001", "a-00000002"]
 
 
 def test_resume_changes_machines_only(runs: Runs, capsys: Capture) -> None:
@@ -163,6 +223,7 @@ def test_gc_deletes_only_what_nobody_needs(runs: Runs, capsys: Capture) -> None:
     old = [fill(folder / "checkpoints" / "step_00000001") for folder in (done, stopped, live)]
     new = [fill(folder / "checkpoints" / "step_00000002") for folder in (done, stopped, live)]
     parts = [fill(folder / "checkpoints" / ".step_00000003.part") for folder in (done, stopped, live)]
+    gone = fill(stopped / "checkpoints" / ".step_00000000.gone")
     weights = fill(done / "weights" / "step_00000001")
     empty = stopped / "attempts" / "0002"
     empty.mkdir()
@@ -173,6 +234,7 @@ def test_gc_deletes_only_what_nobody_needs(runs: Runs, capsys: Capture) -> None:
         (tree / "launch").chmod(stat.S_IRUSR | stat.S_IXUSR)
         if tree != young:
             os.utime(tree, (0, 0))
+        tree.with_name(f"{tree.name}.json").write_text("{}")
     (live / "code").symlink_to(used)
     provenance.record(live, ["test"], runs.root, {})
     runs.begin(live, 3)
@@ -180,14 +242,39 @@ def test_gc_deletes_only_what_nobody_needs(runs: Runs, capsys: Capture) -> None:
         assert synthos("gc", "--json") == 0
         told = json.loads(capsys.readouterr().out)
         paths = {waste["path"] for waste in told["waste"]}
-        assert paths == {str(path) for path in (old[0], parts[0], parts[1], empty, unused)}
+        assert paths == {str(path) for path in (old[0], parts[0], parts[1], gone, empty, unused)}
         assert told["deleted"] is False and told["bytes"] > 3000
         assert all(Path(path).exists() for path in paths)
         assert synthos("gc", "--yes") == 0
     assert not any(Path(path).exists() for path in paths)
     assert all(path.exists() for path in (*old[1:], *new, parts[2], weights, used, young))
+    left = {"used", "used.json", "young", "young.json"}
+    assert {path.name for path in (runs.root / ".code").iterdir()} == left
     capsys.readouterr()
     assert synthos("gc", "a") == 0 and capsys.readouterr().out == "nothing to delete\n"
+
+
+def test_gc_leaves_a_copy_of_code_that_a_submission_takes(
+    runs: Runs, capsys: Capture, checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At first its run has no config, by which gc would know it; also between its look and its deletion."""
+    store = runs.root / ".code"
+    kept = snapshot.take(checkout, store)
+    os.utime(kept, (0, 0))
+    assert snapshot.take(checkout, store) == kept
+    assert synthos("gc", "--yes") == 0 and kept.exists()
+    os.utime(kept, (0, 0))
+    delete = gc._delete
+
+    def late(waste: gc.Waste) -> str:
+        assert snapshot.take(checkout, store) == kept
+        return delete(waste)
+
+    monkeypatch.setattr(gc, "_delete", late)
+    capsys.readouterr()
+    assert synthos("gc", "--yes") == 1
+    assert f"{kept}: left alone, a run was just submitted with it" in capsys.readouterr().err
+    assert {path.name for path in store.iterdir()} == {kept.name, f"{kept.name}.json"}
 
 
 def test_gc_touches_nothing_that_it_cannot_judge(runs: Runs, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
