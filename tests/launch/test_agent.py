@@ -159,7 +159,8 @@ def test_a_signal_before_the_ranks_start_is_heard(tmp_path: Path, monkeypatch: p
     (tmp_path / "code").mkdir()
     attempt_folder(tmp_path, 1).mkdir(parents=True)
     write_config(job("cluster=slurm", "nodes=2", "batch.micro=1"), tmp_path / "config.yaml")
-    obedient = f"import os, time\nwhile not os.path.exists({str(stop)!r}):\n    time.sleep(0.02)"
+    obedient = f"import os, time\nend = time.time() + 20\nwhile not os.path.exists({str(stop)!r}):\n"
+    obedient += "    assert time.time() < end\n    time.sleep(0.02)"
     monkeypatch.setattr(agent, "ranks_command", lambda *_: [sys.executable, "-c", obedient])
     former = signal.getsignal(signal.SIGTERM)
 

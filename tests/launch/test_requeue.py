@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -20,6 +19,7 @@ from synthos.data.shards import ShardPlace
 from synthos.schema import JobConfig
 from synthos.strict import write_config
 from tests.launch.conftest import Submit
+from tests.launch.test_agent import eventually
 from tests.launch.test_attempts import leave_verdict
 from tests.support import compose_for_test
 
@@ -345,11 +345,10 @@ def test_who_interrupts_the_wait_for_a_restart_ends_the_run(ended: Any, number: 
     former = signal.getsignal(number)
 
     def interrupt() -> None:
-        while signal.getsignal(number) == former:
-            time.sleep(0.01)
-        os.kill(os.getpid(), number)
+        if eventually(lambda: signal.getsignal(number) != former):
+            os.kill(os.getpid(), number)
 
-    thread = threading.Thread(target=interrupt, daemon=True)
+    thread = threading.Thread(target=interrupt)
     thread.start()
     cluster = compose_for_test("recipe=i2i", "model=tiny", "data=photos", "cluster.max_crashes=3").cluster
     made = requeue.after(folder, cluster)
