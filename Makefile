@@ -4,7 +4,7 @@ BIN := .venv/bin
 DEMO := .venv/.installed-demo
 DEV := .venv/.installed-dev
 
-.PHONY: demo demo-slurm test test-fast check format
+.PHONY: demo demo-slurm test test-fast test-cluster check format
 
 demo: $(DEMO)  ## train a small image-to-image model on the CPU, and judge its pictures
 	$(BIN)/python -m benchmarks.learning
@@ -20,7 +20,10 @@ demo-slurm: $(DEMO)  ## two nodes of a real Slurm on this machine (needs root, a
 SPREAD := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: $(DEV)
-	$(BIN)/python -m pytest $(SPREAD)
+	$(BIN)/python -m pytest $(SPREAD) -m "not cluster"
+
+test-cluster: $(DEV)  ## every way in which a cluster interrupts a run, on the practice Slurm
+	$(BIN)/python -m pytest -m cluster
 
 test-fast: $(DEV)
 	$(BIN)/python -m pytest $(SPREAD) -m "not slow"

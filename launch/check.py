@@ -9,8 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from launch.render import NOT_TO_SET, OWN_KEYS, notice_seconds
-from launch.render import limit_seconds as limit_seconds
+from launch.render import NOT_TO_SET, OWN_KEYS, limit_seconds, notice_seconds
 from synthos.data.buckets import bucket_sizes
 from synthos.schema import GenerateConfig, JobConfig, RunConfig
 

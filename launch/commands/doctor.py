@@ -6,10 +6,10 @@ from typing import Any
 
 import yaml
 
-from launch.check import FILE_NAME, FILE_NAME_WORDS, cluster_problems, limit_seconds
+from launch.check import FILE_NAME, FILE_NAME_WORDS, cluster_problems
 from launch.compose import CONFIGS
 from launch.outlook import Ending, endings
-from launch.render import NOTICE_SECONDS, notice_seconds
+from launch.render import NOTICE_SECONDS, limit_seconds, notice_seconds
 from launch.site import Partition, Site, read_site
 from launch.tell import console, duration, new_parser, print_json, table, warn
 from synthos.schema import ClusterConfig, JobConfig

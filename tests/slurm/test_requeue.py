@@ -19,7 +19,7 @@ from tests.slurm.conftest import Cluster, wait_until
 from tests.slurm.test_train import SHAPE, Bench, submitted
 from tests.support import ROOT
 
-pytestmark = [pytest.mark.slow, pytest.mark.slurm]
+pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.cluster]
 # Stopped by the test, far from its last step; every event finds a checkpoint that is newer than the one before.
 LONG = ("optim.steps=4000", "validate.every=null", "validate.samples=0", "validate.from_split=0", "checkpoint.every=5")
 TWO_NODES = ("nodes=2", "gpus_per_node=1")
