@@ -17,6 +17,8 @@ demo-slurm: $(DEMO)  ## two nodes of a real Slurm on this machine (needs root, a
 		experiment=i2i_photos cluster=practice nodes=2 gpus_per_node=2 batch.micro=8 $(SHORT) follow=true
 
 # A process per core; each does one file's tests after another, in the order in which they are found.
+# One thread each: threads of several processes that wait for each other's cores take many times as long.
+test test-fast: export OMP_NUM_THREADS := 1
 SPREAD := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: $(DEV)
