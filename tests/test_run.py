@@ -141,6 +141,8 @@ def test_export_holds_the_average_and_loads_in_diffusers(finished: Finished) -> 
     generator = synthos.load(finished.weights, dtype="fp32")
     ours = dict(generator.recipe.network.named_parameters())
     assert all(torch.equal(p, ours[name]) for name, p in model.named_parameters())
+    for p in model.parameters():
+        p.data = p.data.clone()  # aligned as ours: a view of the file differs in the last bit of a product
     x, t = torch.ones(1, 16, 1, 4, 4), torch.tensor([500.0])
     context = {"encoder_hidden_states": torch.ones(1, 8, 32), "encoder_hidden_states_image": torch.ones(1, 17, 64)}
     with torch.no_grad():
