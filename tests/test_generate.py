@@ -108,7 +108,7 @@ def test_a_job_makes_the_same_on_any_number_of_ranks(trained: Trained, tmp_path:
     folder = config.parent
     for row in ASKED:
         assert np.array_equal(pixels(folder / "samples" / f"{row['name']}.png"), trained.validated(row["name"]))
-    names = {"attempts", "config.yaml", "control", "grid.png", "provenance", "requests", "samples"}
+    names = {"attempts", "code", "config.yaml", "control", "grid.png", "provenance", "requests", "samples"}
     assert {path.name for path in folder.iterdir()} == names
     assert f"pictures: {folder / 'samples'}" in done.stdout
     assert not [path for path in folder.rglob("*") if ".part" in path.name]
