@@ -123,12 +123,14 @@ def _read_header(data: bytes) -> _Header:
 
 def _is_plain_jpeg(data: bytes) -> bool:
     """Whether it has no APP1 segment, where EXIF and XMP tell the orientation."""
-    at = 2
-    while data[at : at + 1] == b"\xff" and data[:2] == b"\xff\xd8":
-        marker = data[at + 1 : at + 2]
-        if marker in (b"\xe1", b"\xda"):
-            return marker == b"\xda"
-        at += 2 + max(int.from_bytes(data[at + 2 : at + 4], "big"), 2)
+    if data[:2] != b"\xff\xd8":
+        return False
+    at, last = 2, len(data) - 4
+    while at <= last and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker in (0xE1, 0xDA):
+            return marker == 0xDA
+        at += 2 + max(data[at + 2] << 8 | data[at + 3], 2)
     return False
 
 
