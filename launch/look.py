@@ -171,8 +171,9 @@ class _Folder:
         if self.beat.get("attempt") != self.attempt:
             return "starting", f"no step of attempt {self.attempt} yet"
         age = time.time() - self.beat["time"]
-        if age > STALLED_SECONDS and age > STALLED_STEPS * self._step_seconds():
-            return "stalled", f"no heartbeat for {age:.0f} s (a long validation or save has none either)"
+        save = 2 * (self.beat.get("save_seconds") or 0)  # two may have to be waited for
+        if age > max(STALLED_SECONDS, save) and age > STALLED_STEPS * self._step_seconds():
+            return "stalled", f"no heartbeat for {age:.0f} s"
         return "running", ""
 
     def _step_seconds(self) -> float:

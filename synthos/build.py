@@ -101,8 +101,9 @@ def build_job(config: RunConfig, folder: Path, world: World, stop: Stop, attempt
     state = build_state(config, recipe, models, world)
     starts, added = models.tensors(recipe.network), models.added(recipe.network).names
     checkpoints = Checkpoints(folder / "checkpoints", world, config.checkpoint.keep_last, config.checkpoint.keep_best)
+    report, settings = Report(folder, config, world, attempt), config.validate
     validator = Validator(
-        recipe, world, held_out, encoded, null, config.batch.micro, config.validate.samples, config.validate.seed
+        recipe, world, held_out, encoded, null, config.batch.micro, settings.samples, settings.seed, report.alive
     )
     return Job(
         config=config,
@@ -113,7 +114,7 @@ def build_job(config: RunConfig, folder: Path, world: World, stop: Stop, attempt
         null=null,
         validator=validator,
         checkpoints=checkpoints,
-        report=Report(folder, config, world, attempt),
+        report=report,
         stop=stop,
         export=exporter(
             folder / "weights",

@@ -78,6 +78,13 @@ class Report:
         self._log(metrics, step)
         self._show(step, metrics)
 
+    def alive(self) -> None:
+        """Renew the heartbeat, where a step takes long as well; before the first step there is none."""
+        now = time.monotonic()
+        if self.told and now - self.beat > self.HEARTBEAT_SECONDS:
+            self.beat = now
+            write_heartbeat(self.folder, self.attempt, self.told)
+
     def validation(self, step: int, validation: Validation, settings: list[dict[str, Any]]) -> None:
         """Log a validation and save its pictures, those of a request on one card with its reference and prompt."""
         if not self.world.is_main:
@@ -214,9 +221,7 @@ class Report:
             self.line = now
             self._say(f"step {step}/{self.last_step}  {beat}")
         self._advise(metrics)
-        if now - self.beat > self.HEARTBEAT_SECONDS:
-            self.beat = now
-            write_heartbeat(self.folder, self.attempt, beat)
+        self.alive()
 
     def _advise(self, metrics: dict[str, float | str]) -> None:
         """A word about waits for data, at most one in `ADVICE_SECONDS`, of all steps since the last one.

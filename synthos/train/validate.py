@@ -1,5 +1,6 @@
 """Validation: the fixed-grid loss on held-out samples, and pictures for the run's requests. All of it is collective."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
@@ -43,6 +44,7 @@ class Validator:
         requests: pictures to make.
         micro: samples per forward pass of the loss.
         seed: of the validation noise.
+        alive: called between forward passes, of which a validation may have many.
     """
 
     recipe: Recipe
@@ -53,6 +55,7 @@ class Validator:
     micro: int
     samples: int
     seed: int
+    alive: Callable[[], None] = lambda: None
 
     def run(self, ema: Ema | None, stop: Stop) -> Validation | None:
         """Loss with raw and averaged weights, pictures with those to be exported; None if a stop was asked for."""
@@ -85,7 +88,7 @@ class Validator:
         total = min(self.samples, len(self.held_out))
         grid = torch.zeros(total, FixedDraws.NUM_T, dtype=torch.float64)
         for rows in deal(total, self.world, self.micro):
-            if stop and stop.agreed():
+            if self._stopped(stop):
                 return None
             kept = [row % total for row in rows]  # ranks make equally many calls: padding repeats a row
             batch = self.held_out.batch(kept).to(self.world.device)
@@ -105,7 +108,7 @@ class Validator:
         made: dict[str, Tensor] = {}
         for group in self.requests.groups():
             for rows in deal(len(group), self.world, 1):  # alone, a picture does not depend on its company
-                if stop and stop.agreed():
+                if self._stopped(stop):
                     return None
                 mine = [group[row % len(group)] for row in rows]
                 images = sample(
@@ -115,6 +118,10 @@ class Validator:
                     if row < len(group):
                         made[self.requests.settings[group[row]]["name"]] = pictures.cpu()
         return gather_pictures(made, self.world)
+
+    def _stopped(self, stop: Stop | None) -> bool:
+        self.alive()
+        return bool(stop and stop.agreed())
 
 
 def encode_all(recipe: Recipe, batch: Batch) -> Features:

@@ -85,8 +85,8 @@ def build(world: World, folder: Path, cache: Path, *overrides: str) -> Job:
     null = recipe.null()
     state = build_state(config, recipe, models, world)
     pictures = Pictures(config.batch.size)
-    validator = Validator(recipe, world, pictures, Encoded({}, {}, []), null, config.batch.micro, 6, 0)
-    report = Report(folder, config, world, 1)
+    report, none = Report(folder, config, world, 1), Encoded({}, {}, [])
+    validator = Validator(recipe, world, pictures, none, null, config.batch.micro, 6, 0, report.alive)
     report.start(0, 10, False)
     return Job(
         config=config, world=world, recipe=recipe, state=state, stream=pictures, null=null, validator=validator,
@@ -328,3 +328,16 @@ def test_the_heartbeat_tells_how_long_a_save_takes(world: World, tmp_path: Path,
     assert json.loads(beat.read_text())["save_seconds"] == 2.5
     job.report.checkpoint(1, {"checkpoint/save_seconds": 3.0}, "")
     assert json.loads(beat.read_text())["save_seconds"] == 3.0 and json.loads(beat.read_text())["step"] == 1
+
+
+def test_a_validation_shows_that_the_run_lives(world: World, tmp_path: Path, cache: Path) -> None:
+    beat = tmp_path / "control" / "heartbeat.json"
+    beat.parent.mkdir()
+    job = build(world, tmp_path, cache)
+    job.report.HEARTBEAT_SECONDS = 0
+    job.validator.run(None, job.stop)
+    assert not beat.exists()  # no step yet, of which it could tell
+    job.report.step(1, update(job))
+    beat.unlink()
+    job.validator.run(None, job.stop)
+    assert json.loads(beat.read_text())["step"] == 1

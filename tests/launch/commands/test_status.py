@@ -75,6 +75,19 @@ def test_slow_steps_are_no_stall(runs: Runs, capsys: Capture, monkeypatch: pytes
         assert look(capsys, "a")[1]["a-00000001"]["state"] == "stalled"
 
 
+def test_a_slow_save_is_no_stall(runs: Runs, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who has to wait for one save before the next waits for two."""
+    folder = runs.add("a-00000001")
+    runs.begin(folder, 3)
+    beat = folder / "control" / "heartbeat.json"
+    beat.write_text(json.dumps(json.loads(beat.read_text()) | {"save_seconds": 60.0}))
+    with hold(folder):
+        age_heartbeat(monkeypatch, 115)
+        assert look(capsys, "a")[1]["a-00000001"]["state"] == "running"
+        age_heartbeat(monkeypatch, 10)
+        assert look(capsys, "a")[1]["a-00000001"]["state"] == "stalled"
+
+
 def test_a_record_that_nobody_closed(runs: Runs, capsys: Capture) -> None:
     folder = runs.add("a-00000001")
     runs.begin(folder, 5)
