@@ -71,6 +71,7 @@ def main(folder: Path) -> int:
             return int(run(folder, place, [lock.fileno()]) == 1)  # a run that was stopped is no failed job
     except (ValueError, RuntimeError, TimeoutError) as error:
         print(f"error: {error}", file=sys.stderr)
+        attempts.refuse(folder, requeue.job_start(os.environ), str(error))
         return 2
 
 

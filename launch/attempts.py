@@ -85,6 +85,23 @@ def end(folder: Path, number: int, patience_seconds: float = 0) -> dict[str, Any
     return verdict
 
 
+def never_began(folder: Path, job: str, nodes: Sequence[str]) -> dict[str, Any]:
+    """The closed record of an attempt whose agents Slurm could not start, or ended as soon as it had."""
+    number = begin(folder, [], job=job, nodes=nodes)
+    end(folder, number)
+    return newest_record(folder)
+
+
+def refuse(folder: Path, start: str, why: str) -> None:
+    """An agent begins no attempt in this start of the job, and none would, however often it was tried."""
+    if (folder / "control").is_dir():
+        write_json(folder / "control" / "refused.json", {"start": start, "why": why})
+
+
+def is_refused(folder: Path, start: str) -> bool:
+    return bool(read_json(folder / "control" / "refused.json").get("start") == start)
+
+
 def amend(folder: Path, number: int, **known: Any) -> None:
     """Write into the record of an attempt what became known of it."""
     path = attempt_folder(folder, number) / "attempt.json"

@@ -27,7 +27,7 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     ),
     (
         "data.workers optim.weight_decay optim.warmup_steps validate.samples validate.from_split checkpoint.keep_best "
-        "grid cluster.max_crashes",
+        "grid cluster.max_crashes cluster.backoff_seconds",
         lambda value: 0 <= value < math.inf,
         "0 or more",
     ),
@@ -220,6 +220,8 @@ def _ranks(config: RunConfig) -> Iterator[str]:
 def cluster_problems(config: JobConfig) -> Iterator[str]:
     """What is wrong with the `cluster` group."""
     cluster = config.cluster
+    if not cluster.backoff_seconds:
+        yield "cluster.backoff_seconds: [] is not allowed; expected seconds, as in [0, 30, 120]"
     if cluster.backend in ("debug", "local"):
         fields = [f for f in dataclasses.fields(cluster) if _default(f) is not dataclasses.MISSING]
         for field in fields:

@@ -23,7 +23,6 @@ CRASHES = ("crash", "killed")  # a restart in the same allocation
 MOVES = ("time_limit", "preempted", "drain", "requeued", "node_failure")  # this allocation is lost, or to be left
 STALLED_ATTEMPTS = 3
 BAD_NODE_FAILURES = 2
-BACKOFF_SECONDS = (0, 30, 120)  # before the first restart, the second, and all others
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ def decide(
         if crashes > cluster.max_crashes:
             limit = f"cluster.max_crashes is {cluster.max_crashes}"
             return Decision("end", f"{crashes} crashes within 24 hours, and {limit}")
-        wait = BACKOFF_SECONDS[min(crashes, len(BACKOFF_SECONDS)) - 1]
+        wait = cluster.backoff_seconds[min(crashes, len(cluster.backoff_seconds)) - 1]
         if not here & set(exclude) and wait < seconds_left:
             return Decision("restart", f"crash {crashes} of at most {cluster.max_crashes} in 24 hours", wait)
     if not slurm:

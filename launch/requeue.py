@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from launch import attempts, render, slurm
 from launch.decision import CRASHES, Decision, decide
+from launch.place import node_names
 from launch.rundir import hold, read_state
 from synthos.files import create_json, read_cause, read_json, write_json
 from synthos.schema import ClusterConfig, JobConfig, read_job
@@ -32,14 +33,17 @@ def main(folder: Path) -> int:
     """What comes after the attempt that this job has just run; returns the exit code of the batch script.
 
     render.RESTART means another attempt in this allocation; 0 that the run is done, stopped or requeued; 1 that it
-    failed for good, or that Slurm would not start it again; 2 that no attempt had begun.
+    failed for good, or that Slurm would not start it again; 2 that the agents would begin none.
     """
     config, start = read_job(folder / "config.yaml"), job_start(os.environ)
     record = attempts.newest_record(folder)
     if not start or record.get("job") != start or "next" in record:
-        print(f"error: the agents ended before an attempt of {folder} began; see above", file=sys.stderr)
-        _cancel_successor(folder, start)
-        return 2
+        decided = record.get("job") == start and record["next"]["decision"] != "restart"
+        if not start or decided or attempts.is_refused(folder, start):
+            print(f"error: the agents began no attempt of {folder}; see above", file=sys.stderr)
+            _cancel_successor(folder, start)
+            return 2
+        record = attempts.never_began(folder, start, node_names(os.environ))
     orphaned = "ended" not in record
     if orphaned:
         end_orphans(folder)

@@ -147,6 +147,7 @@ class ClusterConfig:
     threads: int | None  # intra-op CPU threads per rank; default: the machine's cores divided by its ranks
     gpu_memory_gb: float | None  # 10^9 bytes that a rank may count on; default: what its device has
     max_crashes: int  # in 24 hours, after each of which a run starts again by itself
+    backoff_seconds: tuple[int, ...]  # before the first restart after a crash, the second, and all others
     launcher: Literal["torchrun", "srun"] = "torchrun"  # one agent per node and its torchrun, or one task per rank
     partition: str | None = None
     account: str | None = None

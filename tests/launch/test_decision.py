@@ -53,6 +53,12 @@ def test_without_a_scheduler_or_a_wish_nothing_is_requeued(cluster: ClusterConfi
     assert (none.decision, none.reason) == ("end", "cluster.requeue is none")
 
 
+def test_how_long_a_restart_waits_is_the_sites_to_say(cluster: ClusterConfig) -> None:
+    at_once = replace(cluster, backoff_seconds=(0,))
+    series = [record("crash", n, n + 1) for n in range(1, 4)]
+    assert (decide(series, at_once, NOW).wait_seconds, decide(series, cluster, NOW).wait_seconds) == (0, 120)
+
+
 def test_crashes_are_few_and_their_restarts_wait_longer_and_longer(cluster: ClusterConfig) -> None:
     def after(count: int, hours_apart: float = 1.0) -> tuple[str, int]:
         series = [record("crash", n, n + 1, hours_apart * (count - n)) for n in range(1, count + 1)]

@@ -16,7 +16,7 @@ import pytest
 from launch import attempts, render, requeue, slurm
 from synthos.data.index import open_index
 from synthos.data.shards import ShardPlace
-from synthos.schema import JobConfig
+from synthos.schema import JobConfig, read_job
 from synthos.strict import write_config
 from tests.launch.conftest import Submit
 from tests.launch.test_agent import eventually
@@ -232,17 +232,36 @@ def test_a_config_error_is_not_tried_again(tools: Callable[..., Path], ended: An
     assert requeue.main(folder) == 1 and attempts.newest_record(folder)["next"]["decision"] == "end"
 
 
-def test_agents_that_never_began_fail_the_job(tools: Callable[..., Path], ended: Any) -> None:
+def test_agents_that_refuse_fail_the_job(tools: Callable[..., Path], ended: Any) -> None:
     """What the newest record tells is of another start of the job."""
     folder, _ = ended("drain")
     attempts.amend(folder, 1, job="1.0")
+    attempts.refuse(folder, "2.0", "nodes: the allocation has 1")
     assert requeue.main(folder) == 2 and "next" not in attempts.newest_record(folder)
+
+
+def test_agents_that_could_not_be_started_are_started_again(tools: Callable[..., Path], ended: Any) -> None:
+    """Slurm may fail to launch them, or end them as soon as it has; as often as a crash may happen."""
+    folder, _ = ended("drain")
+    attempts.refuse(folder, "1.0", "of an earlier job")
+    attempts.amend(folder, 1, checkpoint_out=5)
+    config = read_job(folder / "config.yaml")
+    write_config(replace(config, cluster=replace(config.cluster, backoff_seconds=(0,))), folder / "config.yaml")
+    tools(scontrol=WORDS["as it runs"])
+    codes = []
+    for number in (2, 3, 4):
+        attempts.amend(folder, number - 1, job="2.0", next={"decision": "restart", "reason": ""})
+        codes.append(requeue.main(folder))
+        record = attempts.newest_record(folder)
+        assert (record["attempt"], record["status"], record["cause"]) == (number, "failed", "killed")
+    assert codes == [render.RESTART, render.RESTART, 1] and "no_progress" in record["next"]["reason"]
 
 
 def test_a_chain_ends_with_a_job_that_could_not_begin(tools: Callable[..., Path], ended: Any) -> None:
     """Its successor could not either."""
     folder, _ = ended("drain", "cluster.requeue=chain")
     attempts.amend(folder, 1, job="1.0")
+    attempts.refuse(folder, "2.0", "nodes: the allocation has 1")
     asked = tools(sbatch="3", scancel="")
     assert (requeue.chain(folder), requeue.main(folder)) == (0, 2)
     assert asked.read_text().splitlines()[-1] == "scancel 3"
