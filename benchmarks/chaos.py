@@ -48,11 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--faults", type=int, default=50)
     parser.add_argument("--steps", type=int, default=4000, help="of the run, which has to outlast the faults")
     parser.add_argument("--seed", type=int, default=0, help="of which fault comes when")
+    parser.add_argument("--backend", choices=("submitit", "sbatch"), default="submitit")
     parser.add_argument("--out", type=Path, help="file for the figures")
     args = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="synthos-", dir="/tmp") as name, practice(Path(name) / "slurm") as shell:
         folder = Path(name)
-        run = begin(folder, args.steps, shell)
+        run = begin(folder, args.steps, args.backend, shell)
         rows = [*torment(run, args.faults, random.Random(args.seed))]
         run.wait(lambda: newest_record(run.folder).get("next"), "the end of the run", 3600)
         assert newest_record(run.folder)["status"] == "done", run.said()
@@ -61,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         same = compare(run.folder, alone)
         audit = audited(run.folder)
         about = {**machine(), "changed_since_commit": git_facts(ROOT)["changed"], "tracking": tracking(run.practice)}
+        about |= {"backend": args.backend}
     results = {**about, "steps": args.steps, "seed": args.seed, "faults": rows, "same": same, "audit": audit}
     print(table(results))
     if args.out:
@@ -86,18 +88,22 @@ def tracking(cluster: Path) -> str:
     return (cluster / "synthos-practice").read_text().strip()
 
 
-def begin(folder: Path, steps: int, shell: dict[str, str]) -> Victim:
-    submit(folder / "hit", steps, HIT, shell)
+def begin(folder: Path, steps: int, backend: str, shell: dict[str, str]) -> Victim:
+    said = submit(folder / "hit", steps, [*HIT, f"cluster.backend={backend}"], shell)
     (config,) = (folder / "hit").glob("*/*/config.yaml")
-    job = (config.parent / "slurm" / "job").read_text()
+    if backend == "sbatch":  # the last line is the one to type
+        line = ["bash", "-c", said.splitlines()[-1]]
+        job = subprocess.run(line, env=shell, stdout=subprocess.PIPE, text=True, check=True).stdout.split()[-1]
+    else:
+        job = (config.parent / "slurm" / "job").read_text()
     return Victim(config.parent, job, Path(shell["SYNTHOS_PRACTICE"]), shell)
 
 
-def submit(runs_dir: Path, steps: int, where: Sequence[str], shell: dict[str, str]) -> None:
-    """The command that a user types; a run on this machine is over when it returns."""
+def submit(runs_dir: Path, steps: int, where: Sequence[str], shell: dict[str, str]) -> str:
+    """What the command prints that a user types; a run on this machine is over when it returns."""
     folders = [f"runs_dir={runs_dir}", f"cache_dir={runs_dir.parent / 'cache'}"]
     command = [sys.executable, "launch/submit.py", *SHAPE, f"optim.steps={steps}", *folders, *where]
-    subprocess.run(command, cwd=ROOT, env=shell, stdout=subprocess.DEVNULL, check=True)
+    return subprocess.run(command, cwd=ROOT, env=shell, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
 def torment(run: Victim, count: int, chance: random.Random) -> Iterator[Row]:
@@ -106,14 +112,15 @@ def torment(run: Victim, count: int, chance: random.Random) -> Iterator[Row]:
     chance.shuffle(cards)
     for number, fault in enumerate(cards[:count], start=1):
         run.goes_on(number, chance.randint(*AFTER_STEPS))
-        began, step = time.monotonic(), run.losses()[-1][0]
+        began, step, attempt = time.monotonic(), run.losses()[-1][0], len(run.records())
         fault(run)
-        run.goes_on(number + 1, 1)
+        run.goes_on(attempt + 1, 1)
         seconds = time.monotonic() - began
-        before, after = run.records()[-2:]
+        before, after = run.records()[attempt - 1], run.records()[-1]
         row = {
             "fault": fault.__name__,
             "step": step,
+            "attempts": len(run.records()) - attempt,
             "cause": before["cause"],
             "next": before["next"]["decision"],
             "goes_on_from": after["start_step"],

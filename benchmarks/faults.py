@@ -98,11 +98,11 @@ class Victim:
         return path.read_text()[-3000:] if path.exists() else ""
 
     def goes_on(self, number: int, steps: int = 7, seconds: float = 120) -> None:
-        """Wait until an attempt has gone so many steps beyond where it began."""
+        """Wait until an attempt of this number, or a later one, has gone so many steps beyond where it began."""
 
         def is_under_way() -> bool:
-            records, losses = self.records(), self.losses()
-            return len(records) == number and bool(losses) and losses[-1][0] >= self._begun(number) + steps
+            newest, losses = len(self.records()), self.losses()
+            return newest >= number and bool(losses) and losses[-1][0] >= self._begun(newest) + steps
 
         self.wait(is_under_way, f"{steps} steps of attempt {number}", seconds)
 
@@ -210,8 +210,9 @@ def cancelled(run: Victim) -> None:
     run.ended(len(run.records()))
     run.wait(lambda: run.state() == "CANCELLED", "the end of its job")
     script = Path(sys.executable).with_name("synthos")
-    run.run(script, "resume", run.folder)
-    run.job = (run.folder / "slurm" / "job").read_text()
+    said = run.run(script, "resume", run.folder).splitlines()[-1]
+    by_hand = said.startswith("env -i ")  # the line to type
+    run.job = run.run("bash", "-c", said).split()[-1] if by_hand else (run.folder / "slurm" / "job").read_text()
 
 
 def rank_killed(run: Victim) -> None:
