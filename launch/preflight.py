@@ -188,7 +188,7 @@ def _await(answer: Path, place: Place, signals: Sequence[Any]) -> Findings:
             raise TimeoutError(
                 f"node {place.node} ({socket.gethostname()}) saw no answer of node 0 in {answer} for {ANSWER_SECONDS} s"
             )
-        time.sleep(0.1)
+        time.sleep(0.2)
     return Findings(**{key: said[key] for key in Findings.__dataclass_fields__}) if said else Findings()
 
 
@@ -237,7 +237,7 @@ class Watch:
         now = time.monotonic()
         if not late:
             self.together = min(self.together, now)
-        if now < min(self.began + ARRIVAL_SECONDS, self.together + COLLECTIVE_SECONDS):
+        if now < (self.began + ARRIVAL_SECONDS if late else self.together + COLLECTIVE_SECONDS):
             return
         if late:
             few = ", ".join(f"{count} of {self.ranks} on {name}" for name, count in late.items())

@@ -1,5 +1,6 @@
 """What the nodes of an attempt find out before any rank starts, and how ranks end that never meet."""
 
+import math
 import os
 import subprocess
 import sys
@@ -245,3 +246,14 @@ def test_nodes_whose_ranks_do_not_come_are_named(
     watch.look()
     said = read_json(failure_file(folder, 1))
     assert (said["message"], said["bad_nodes"], said["cause"]) == (message, bad_nodes, "preflight")
+
+
+def test_ranks_that_come_in_the_last_second_have_time_to_meet(folder: Path) -> None:
+    arrivals(folder, 1).mkdir()
+    watch = preflight.Watch(folder, 1, ["node1"], 1, began=-math.inf)
+    (arrivals(folder, 1) / "rank-0-0").touch()
+    watch.look()
+    assert not failure_file(folder, 1).exists()
+    watch.together = -math.inf
+    watch.look()
+    assert read_json(failure_file(folder, 1))["bad_nodes"] == ["node1"]
