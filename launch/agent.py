@@ -17,10 +17,11 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from launch import attempts, requeue, snapshot
+from launch import attempts, preflight, requeue, snapshot
 from launch.place import (
     Meeting,
     Place,
+    allowed_cores,
     announce,
     find_meeting,
     free_port,
@@ -103,7 +104,13 @@ def run(folder: Path, place: Place | None = None, keep_open: Sequence[int] = ())
     with listen() as signals:
         meeting, command = meet(folder, config, place)
         log = attempts.attempt_folder(folder, meeting.attempt) / name
+        found = preflight.check(folder, config, place, meeting, signals)
+        if not found.passed:
+            log.write_text(f"{found.message}\n")
+            return close(folder, meeting.attempt, log, 0) if place.first else 1
         with log.open("wb") as output, log.open("rb") as shown:
+            output.writelines(f"preflight: {line}\n".encode() for line in found.warnings if place.first)
+            output.flush()
             # A session of its own: Ctrl-C on the terminal reaches this process only, and the ranks stop in step.
             process = subprocess.Popen(
                 command,
@@ -115,8 +122,9 @@ def run(folder: Path, place: Place | None = None, keep_open: Sequence[int] = ())
                 pass_fds=keep_open,
             )
             keeps_time = place.first and place.job  # its end is that of the whole step
+            watch = preflight.watch(folder, config, place, meeting.attempt)
             limit = partial(requeue.seconds_to_save, config.cluster, folder) if keeps_time else None
-            wait(process, shown, signals, folder, meeting.attempt, limit)
+            wait(process, shown, signals, folder, meeting.attempt, limit, watch)
     if place.first:
         return close(folder, meeting.attempt, log, LATE_SECONDS if process.returncode == 0 and not place.alone else 0)
     verdict = read_verdict(folder)  # torchrun returns 1 also where a signal ended it
@@ -132,7 +140,8 @@ def meet(folder: Path, config: JobConfig, place: Place) -> tuple[Meeting, list[s
     meeting = Meeting(place.start, 0, host, port)
     command = ranks_command(config, folder, place, meeting)
     nodes = node_names(os.environ) if place.job else []
-    meeting = dataclasses.replace(meeting, attempt=attempts.begin(folder, command, job=place.job, nodes=nodes))
+    attempt = attempts.begin(folder, command, job=place.job, nodes=nodes)
+    meeting = dataclasses.replace(meeting, attempt=attempt, time=time.time())
     if not place.alone:
         announce(folder, meeting)
     return meeting, command
@@ -181,6 +190,7 @@ def environment(config: JobConfig, place: Place, meeting: Meeting, code: Path) -
         "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
         "OMP_NUM_THREADS": str(config.cluster.threads or max(1, cores(place) * place.tasks // config.gpus_per_node)),
         "SYNTHOS_ATTEMPT": str(meeting.attempt),
+        "SYNTHOS_NODE": str(place.node),
     }
     if config.cluster.launcher == "srun":
         inherited |= {
@@ -203,7 +213,7 @@ def cores(place: Place) -> int:
     """CPU cores that this agent and its ranks may use; Slurm need not bind processes to what it gave them."""
     if place.job and "SLURM_CPUS_PER_TASK" in os.environ:
         return int(os.environ["SLURM_CPUS_PER_TASK"])
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return allowed_cores()
 
 
 @contextmanager
@@ -225,12 +235,13 @@ def wait(
     folder: Path,
     attempt: int,
     seconds_to_save: Callable[[], float] | None = None,
+    watch: Callable[[], None] | None = None,
 ) -> None:
     """Show the log as it grows until the process ends; hand on the first signal, and kill on a second Ctrl-C.
 
     The log is a file that is read back, no pipe, so that the ranks outlive this process. Once a rank has failed, its
     peers get a while to notice: on a GPU they may wait for it in a collective, where no signal reaches them. After a
-    notice the ranks get the `seconds_to_save`, which are asked for when it comes.
+    notice the ranks get the `seconds_to_save`, which are asked for when it comes. `watch` may find that they fail.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     asked, looked, patience, limit = False, -math.inf, math.inf, math.inf
@@ -249,6 +260,8 @@ def wait(
             print("stopping: the ranks finish their step and save; Ctrl-C again kills them", file=sys.stderr)
         if patience == math.inf and time.monotonic() - looked > LOOK_SECONDS:
             looked = time.monotonic()
+            if watch:
+                watch()
             if read_json(failure_file(folder, attempt)):  # of the first rank to fail, on whatever node
                 patience = looked + PEER_SECONDS
         if signal.SIGINT in signals[1:] or time.monotonic() > min(patience, limit):

@@ -130,6 +130,7 @@ def _close(folder: Path, number: int, verdict: dict[str, Any]) -> None:
         checkpoint_in=start or None,
         checkpoint_out=left,
         wandb=_wandb_id(folder),
+        **{key: verdict[key] for key in ("bad_nodes",) if verdict.get(key)},
     )
 
 

@@ -20,7 +20,8 @@ ENDS = {  # causes after which nothing starts by itself
     "config": "it would fail again in the same way",
 }
 CRASHES = ("crash", "killed")  # a restart in the same allocation
-MOVES = ("time_limit", "preempted", "drain", "requeued", "node_failure")  # this allocation is lost, or to be left
+# This allocation is lost, or to be left.
+MOVES = ("time_limit", "preempted", "drain", "requeued", "node_failure", "preflight")
 STALLED_ATTEMPTS = 3
 BAD_NODE_FAILURES = 2
 
@@ -89,8 +90,11 @@ def decide(
 
 
 def bad_nodes(records: Sequence[Record]) -> tuple[str, ...]:
-    """The nodes that failed too often, in whatever attempts."""
-    failures = Counter(node for record in records for node in record.get("bad_nodes", ()))
+    """The nodes that failed too often, in whatever attempts: once where a preflight has found out why."""
+    failures: Counter[str] = Counter()
+    for record in records:
+        for node in record.get("bad_nodes", ()):
+            failures[node] += BAD_NODE_FAILURES if record.get("cause") == "preflight" else 1
     return tuple(sorted(node for node, count in failures.items() if count >= BAD_NODE_FAILURES))
 
 

@@ -2,6 +2,7 @@
 
 import fcntl
 import ipaddress
+import os
 import random
 import socket
 import struct
@@ -76,6 +77,7 @@ class Meeting:
     attempt: int
     host: str
     port: int
+    time: float = 0.0  # of the first agent's clock, in seconds since 1970
 
 
 def announce(folder: Path, meeting: Meeting) -> None:
@@ -145,6 +147,11 @@ def _towards(address: str) -> str:
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect((address, 9))  # sends nothing; the kernel only chooses the interface
         return str(probe.getsockname()[0])
+
+
+def allowed_cores() -> int:
+    """The CPU cores that this process is bound to."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def node_names(environment: Mapping[str, str]) -> list[str]:

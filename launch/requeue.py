@@ -178,10 +178,11 @@ def _ask_slurm(folder: Path, cluster: ClusterConfig, decision: Decision, start: 
         attempts.amend(folder, number, next=told)
         print(f"error: the run does not start again by itself: {reason}", file=sys.stderr)
         return
-    if again and cluster.requeue == "scontrol" and decision.exclude:  # only a pending job takes it
+    if again and decision.exclude:  # only a pending job takes it
+        following = own if cluster.requeue == "scontrol" else _successor(folder, start)
         nodes = f"ExcNodeList={render.excluded(cluster, folder)}"
         try:
-            _order("scontrol", "update", f"JobId={own}", nodes)
+            _order("scontrol", "update", f"JobId={following}", nodes)
         except RuntimeError as error:
             print(f"warning: the run may get the nodes again that failed: {error}", file=sys.stderr)
 

@@ -1,6 +1,7 @@
 """What a run needs of the outside, its data and its pretrained weights: what is missing is said before it starts."""
 
 import importlib.util
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,8 @@ from synthos.data.check import DataFacts, facts
 from synthos.models import initial
 from synthos.models.parts import missing
 from synthos.schema import DataConfig, RunConfig
+from synthos.train.checkpoint_files import is_whole
+from synthos.train.memory import Sizes, checkpoint_bytes, readable
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,24 @@ def survey(config: RunConfig, recipe: Any, dry_run: bool, absent: Sequence[str] 
         print(*notes, sep="\n", flush=True)
         data, notes = facts(config.data, recipe.inputs, build=True), []
     return Survey(data, [*data.missing, *absent], notes)
+
+
+def space_problems(config: RunConfig, sizes: Sizes, folder: Path | None) -> list[str]:
+    """What the disk of `runs_dir` lacks for all checkpoints that a run ever has at once, beside those that it has.
+
+    Of a quota the disk says nothing.
+    """
+    runs_dir = Path(config.runs_dir).absolute()
+    there = next(path for path in (runs_dir, *runs_dir.parents) if path.is_dir())
+    count = config.checkpoint.keep_last + config.checkpoint.keep_best + 1  # the next is whole before one is deleted
+    kept = sum(is_whole(path) for path in (folder / "checkpoints").glob("step_*")) if folder else 0
+    needed, free = max(count - kept, 1) * checkpoint_bytes(config, sizes), shutil.disk_usage(there).free
+    if needed <= free:
+        return []
+    return [
+        f"runs_dir: {readable(free)} are free in {runs_dir}, {readable(needed)} are needed for {max(count - kept, 1)} "
+        "checkpoints; expected another runs_dir, or a smaller checkpoint.keep_last or keep_best"
+    ]
 
 
 def write_built_in(config: RunConfig) -> None:

@@ -37,8 +37,13 @@ def main(run_dir: Path, attempt: int) -> dict[str, Any]:
     report = world = None
     try:
         _check_imported(run_dir, config)
+        if config.ranks > 1:
+            _arrive(run_dir, attempt)
         world = open_world(config)
         with Stop(run_dir / "control" / "stop", world) as stop:
+            seconds = world.meet()
+            if world.is_main and world.size > 1:
+                write_json(collective_file(run_dir, attempt), {"ranks": world.size, "seconds": round(seconds, 3)})
             if isinstance(config, GenerateConfig):
                 verdict = generate(config, run_dir, world, stop, attempt)
             else:
@@ -59,6 +64,13 @@ def main(run_dir: Path, attempt: int) -> dict[str, Any]:
         if world:
             world.close()
     return verdict
+
+
+def _arrive(run_dir: Path, attempt: int) -> None:
+    """Leave a sign that this rank has come, before it waits for the others."""
+    folder = arrivals(run_dir, attempt)
+    folder.mkdir(exist_ok=True)
+    (folder / f"rank-{os.environ.get('SYNTHOS_NODE', '0')}-{os.environ.get('LOCAL_RANK', '0')}").touch()
 
 
 def _check_imported(run_dir: Path, config: JobConfig) -> None:
@@ -105,6 +117,16 @@ def read_verdict(run_dir: Path) -> dict[str, Any]:
 def failure_file(run_dir: Path, attempt: int) -> Path:
     """What the first rank to fail in an attempt says of it."""
     return run_dir / "attempts" / f"{attempt:04d}" / "failure.json"
+
+
+def arrivals(run_dir: Path, attempt: int) -> Path:
+    """Where the nodes of an attempt, and its ranks, leave a file each before they meet: rank-<node>-<local rank>."""
+    return run_dir / "attempts" / f"{attempt:04d}" / "preflight"
+
+
+def collective_file(run_dir: Path, attempt: int) -> Path:
+    """What the main rank writes once all ranks have met."""
+    return run_dir / "attempts" / f"{attempt:04d}" / "collective.json"
 
 
 def _run_as_command(run_dir: Path, attempt: int) -> int:

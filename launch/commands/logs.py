@@ -68,7 +68,8 @@ def log_files(folder: Path, attempt: int, rank: int | None, failed: int | None) 
 
 def _print(folder: Path, attempt: int, failure: dict[str, object], files: Sequence[Path], lines: int) -> None:
     if failure:
-        print(f"attempt {attempt} failed first at rank {failure['rank']}: {failure['message']}")
+        where = f" first at rank {failure['rank']}" if "rank" in failure else ""
+        print(f"attempt {attempt} failed{where}: {failure['message']}")
     if not files:
         warn(f"{folder.name} has no logs yet")
     for file in dict.fromkeys(files):

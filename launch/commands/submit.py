@@ -13,7 +13,7 @@ from launch.redact import problems as secrets
 from launch.requests import load_requests
 from launch.rundir import code_problems, open_folder, read_state, run_folder
 from launch.start import start
-from launch.survey import survey
+from launch.survey import space_problems, survey
 from synthos.models import initial
 from synthos.models.parts import pinned
 from synthos.schema import RunConfig
@@ -66,11 +66,13 @@ def make_plan(config: RunConfig, dry_run: bool, full: bool = False, new: bool = 
         raise ValueError("\n".join(problems))
     folder = run_folder(config, sig8(config, fingerprint), new) if fingerprint else None
     missing, notes = slurm.look(config, folder or run_folder(config, UNKNOWN_SIG8))
-    found = dataclasses.replace(found, missing=[*found.missing, *missing], notes=[*found.notes, *notes])
+    state = read_state(folder) if folder else None
+    space = space_problems(config, sizes, folder) if sizes and not (state and state.done) else []
+    found = dataclasses.replace(found, missing=[*found.missing, *space, *missing], notes=[*found.notes, *notes])
     return Plan(
         config=config,
         folder=folder,
-        state=read_state(folder) if folder else None,
+        state=state,
         survey=found,
         sizes=sizes,
         last_step=steps,

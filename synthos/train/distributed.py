@@ -3,6 +3,7 @@
 import functools
 import os
 import resource
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from synthos.recipes.base import Recipe
 from synthos.schema import GenerateConfig, RunConfig
 from synthos.train.memory import Layout, Mode, choose_layout, repeated_blocks, sizes_of
 
+MEETING_ELEMENTS = 2**17  # int64, a megabyte: more than a message that travels with its header
 Mesh = DeviceMesh
 T = TypeVar("T")
 
@@ -62,6 +64,23 @@ class World:
         yield
         if self.is_main:
             self.barrier()
+
+    def meet(self) -> float:
+        """The first collective, on the device and on the CPU, of sums that are known; returns its seconds.
+
+        Raises RuntimeError for a sum that is wrong.
+        """
+        began, expected = time.monotonic(), self.size * (self.size + 1) // 2
+        on_device = torch.full((MEETING_ELEMENTS,), self.rank + 1, device=self.device)
+        dist.all_reduce(on_device)
+        on_cpu = self.reduce(torch.tensor(self.rank + 1))
+        wrong = {int(found) for found in (on_device.min(), on_device.max(), on_cpu)} - {expected}
+        if wrong:
+            raise RuntimeError(
+                f"the first collective of {self.size} ranks sums up to {wrong.pop()} on rank {self.rank}, not to "
+                f"{expected}: a GPU or the network computes wrongly"
+            )
+        return time.monotonic() - began
 
     def close(self) -> None:
         if dist.is_initialized():

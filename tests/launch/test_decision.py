@@ -38,6 +38,7 @@ def record(cause: str, before: int | None = None, after: int | None = 5, hours_a
         *[(cause, "end") for cause in ("finished", "stop", "interrupt", "cancelled", "config")],
         *[(cause, "restart") for cause in ("crash", "killed")],
         *[(cause, "requeue") for cause in ("time_limit", "preempted", "drain", "requeued", "node_failure")],
+        ("preflight", "requeue"),
     ],
 )
 def test_each_cause(cluster: ClusterConfig, cause: str, decision: str) -> None:
@@ -114,6 +115,18 @@ def test_a_node_that_failed_twice_is_excluded(cluster: ClusterConfig) -> None:
     # A crash there leaves the allocation; elsewhere it does not.
     assert decide([once, once, record("crash", nodes=["node1", "node2"])], cluster, NOW).decision == "requeue"
     assert decide([once, once, record("crash", nodes=["node1", "node3"])], cluster, NOW).decision == "restart"
+
+
+def test_a_node_that_failed_a_preflight_is_excluded_at_once(cluster: ClusterConfig) -> None:
+    unfit = record("preflight", 5, bad_nodes=["node2", "node4"], nodes=["node1", "node2", "node4"])
+    made = decide([unfit], cluster, NOW)
+    assert (made.decision, made.exclude) == ("requeue", ("node2", "node4"))
+    assert made.reason.endswith("without node2, node4")
+    assert decide([unfit, record("time_limit", bad_nodes=["node3"])], cluster, NOW).exclude == ("node2", "node4")
+    # None is to blame: others may be had all the same, but not for ever.
+    assert decide([record("preflight", 5)], cluster, NOW).decision == "requeue"
+    assert decide([record("preflight", 5)] * 3, cluster, NOW).reason.startswith("no_progress")
+    assert decide([unfit], replace(cluster, requeue="none"), NOW).decision == "end"
 
 
 def test_every_cause_has_a_rule() -> None:

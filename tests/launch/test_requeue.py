@@ -339,6 +339,14 @@ def test_an_excluded_node_is_told_to_slurm_when_the_job_is_pending_again(
     assert asked.read_text().splitlines()[-2:] == ["scontrol requeue 2", "scontrol update JobId=2 ExcNodeList=node2"]
 
 
+def test_in_a_chain_it_is_the_successor_that_is_told(tools: Callable[..., Path], ended: Any) -> None:
+    folder, _ = ended("drain", "cluster.requeue=chain")
+    asked = tools(scontrol=WORDS["as it runs"], sbatch="3", scancel="")
+    attempts.amend(folder, 1, cause="preflight", bad_nodes=["node2"])
+    assert requeue.chain(folder) == 0 and requeue.main(folder) == 0
+    assert asked.read_text().splitlines()[-1] == "scontrol update JobId=3 ExcNodeList=node2"
+
+
 def test_nodes_that_failed_come_beside_those_of_the_config(
     tools: Callable[..., Path], ended: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,12 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import synthos.data
 from launch.compose import compose
-from launch.survey import Survey, survey
+from launch.survey import Survey, space_problems, survey
 from synthos.build import recipe_class
-from tests.launch.conftest import tree
+from synthos.train.memory import Sizes, checkpoint_bytes
+from tests.launch.conftest import Submit, tree
+from tests.launch.test_attempts import make_checkpoint
 
 
 def look(tmp_path: Path, *overrides: str, dry_run: bool = False) -> Survey:
@@ -119,3 +122,25 @@ def test_absent_shards_are_missing_lines(tmp_path: Path) -> None:
 def test_what_cannot_be_prepared(override: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         look(tmp_path, "data=photos", override)
+
+
+def test_three_checkpoints_fit_on_the_disk_or_the_run_does_not_start(tmp_path: Path) -> None:
+    """Of a size of which two fit and three do not; what is there already takes no more space."""
+    config = compose(["recipe=i2i", "model=tiny", f"runs_dir={tmp_path / 'new' / 'runs'}"]).config
+    free = shutil.disk_usage(tmp_path).free
+    shape = torch.Size([int(0.4 * free) // 12])
+    sizes = Sizes({"all": [shape]}, [], [], [], {}, {}, {})
+    assert checkpoint_bytes(config, sizes) == pytest.approx(0.4 * free, rel=1e-3)
+    (line,) = space_problems(config, sizes, None)
+    assert f" are free in {tmp_path}/new/runs, " in line and "are needed for 3 checkpoints" in line
+    make_checkpoint(tmp_path, 5)
+    assert space_problems(config, sizes, tmp_path) == []
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_disk_without_space_is_a_missing_line(submit: Submit, capsys: pytest.CaptureFixture[str]) -> None:
+    too_many = f"checkpoint.keep_last={10**15}"
+    assert submit(too_many, "dry_run=full") == 0
+    assert "missing: runs_dir: " in capsys.readouterr().out
+    assert submit(too_many) == 2
+    assert f"are needed for {10**15 + 1} checkpoints; expected another runs_dir" in capsys.readouterr().err

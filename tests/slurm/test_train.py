@@ -87,6 +87,9 @@ def test_submitit_on_two_nodes_of_two_ranks(bench: Bench, local: list[tuple[int,
     assert bench.losses("submitit") == local
     folder = bench.run("submitit")
     job = (folder / "slurm" / "job").read_text()
+    preflight = json.loads((folder / "attempts/0001/preflight.json").read_text())
+    assert [node["name"] for node in preflight["nodes"]] == newest_record(folder)["nodes"]
+    assert {node["code"] for node in preflight["nodes"]} == {newest_record(folder)["tree"]} and preflight["passed"]
     assert f"submitted job {job} of {folder}" in done.stdout and f"job {job}: done at step 6" in done.stdout
     # What a dry run shows is what was submitted, word for word.
     dry = bench.submit("submitit", *shape, "dry_run=true").stdout

@@ -1,6 +1,7 @@
 """The memory of a rank, the layout that ranks agree on, and filling modules."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,12 @@ def test_ranks_lay_out_what_they_hold_by_their_memory(world: World, recipe: Reci
     limited = run_config("gpus_per_node=2", "mesh=auto", f"cluster.gpu_memory_gb={2 * held / 1e9 + spare}")
     assert layout_of(limited, recipe, world).mesh == mesh
     assert layout_of(config, recipe, world).mesh == "replicate"  # in this machine's own
+
+
+def test_the_first_collective_is_checked(world: World) -> None:
+    assert world.meet() >= 0
+    with pytest.raises(RuntimeError, match="the first collective of 1 ranks sums up to 2 on rank 1, not to 1"):
+        replace(world, rank=1).meet()
 
 
 def test_filling_keeps_ties_and_refuses_another_shape() -> None:

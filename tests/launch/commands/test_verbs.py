@@ -19,7 +19,7 @@ from launch.commands.stop import _holders
 from launch.rundir import hold
 from launch.runs import is_held
 from launch.start import start
-from synthos.run import _open_log
+from synthos.run import _open_log, write_verdict
 from synthos.schema import JobConfig, read_job
 from synthos.train.checkpoint_files import MANIFEST, write_counters
 from tests.launch.commands.conftest import Runs, synthos
@@ -30,6 +30,16 @@ Capture = pytest.CaptureFixture[str]
 def write_logs(folder: Path, attempt: int, lines: dict[str, list[str]]) -> None:
     for name, text in lines.items():
         (folder / "attempts" / f"{attempt:04d}" / name).write_text("".join(f"{line}\n" for line in text))
+
+
+def test_logs_of_an_attempt_that_failed_before_it_had_ranks(runs: Runs, capsys: Capture) -> None:
+    folder = runs.add("a-00000001")
+    number = runs.begin(folder)
+    write_logs(folder, number, {"node-0.log": ["more of it"]})
+    write_verdict(folder, {"status": "failed", "cause": "preflight", "attempt": number, "message": "node2: no GPU"})
+    assert synthos("logs", "a") == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("attempt 1 failed: node2: no GPU\n") and "more of it" in shown
 
 
 def test_logs_show_the_first_failing_rank_on_top(runs: Runs, capsys: Capture) -> None:
