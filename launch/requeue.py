@@ -137,6 +137,8 @@ def refine(
     # A job that somebody cancels because a node hangs is not to come back.
     if (requeued or job.reason == "NodeDown") and (failed := slurm.down(record["nodes"])):
         return {"cause": "node_failure", "bad_nodes": failed}
+    if job.nodes is not None and job.nodes < len(record["nodes"]):  # what is left of it can run nothing
+        return {"cause": "node_failure", "bad_nodes": slurm.down(record["nodes"])}
     if requeued:
         return {"cause": "requeued"}
     if job.preempted:

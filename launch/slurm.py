@@ -67,6 +67,7 @@ class Job:
         restarts: how often it was requeued.
         preempted: it is to make room for another job.
         ends: when its time limit is reached, in the controller's clock and time zone; None where there is none.
+        nodes: how many it has left; None where that is not told.
     """
 
     state: str
@@ -74,6 +75,7 @@ class Job:
     restarts: int
     preempted: bool
     ends: datetime | None
+    nodes: int | None
 
 
 def show(job: str) -> Job:
@@ -89,6 +91,7 @@ def show(job: str) -> Job:
         restarts=int(facts["Restarts"]),
         preempted=facts.get("PreemptTime", "None") != "None",
         ends=None if ends in ("Unknown", "NONE") else datetime.fromisoformat(ends),
+        nodes=int(facts["NumNodes"].split("-")[0]) if "NumNodes" in facts else None,
     )
 
 

@@ -99,6 +99,15 @@ def test_a_node_that_is_down_is_named(tools: Callable[..., Path]) -> None:
     assert cause(record) == "node_failure"
 
 
+def test_an_allocation_that_has_lost_a_node_is_left(tools: Callable[..., Path], ended: Any) -> None:
+    """Though the node is back, and the job still runs: srun would refuse to start anything in what is left."""
+    folder, _ = ended("crash")
+    asked = tools(scontrol=WORDS["as it runs"] + " NumNodes=1", sinfo="node1 mixed\nnode2 idle")
+    assert requeue.main(folder) == 0 and asked.read_text().splitlines()[-1] == "scontrol requeue 2"
+    record = attempts.newest_record(folder)
+    assert (record["cause"], record["next"]["decision"]) == ("node_failure", "requeue")
+
+
 def test_who_cancels_because_a_node_hangs_is_obeyed(tools: Callable[..., Path]) -> None:
     tools(scontrol=WORDS["cancelled"], sinfo="node1 mixed\nnode2 mixed*")
     assert cause({"status": "failed", "cause": "killed", "job": "2.0", "nodes": ["node1", "node2"]}) == "cancelled"

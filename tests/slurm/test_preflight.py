@@ -6,7 +6,7 @@ import pytest
 
 from synthos.files import read_json
 from tests.slurm.conftest import Cluster
-from tests.slurm.test_requeue import TWO_NODES, Run
+from tests.slurm.test_requeue import TWO_NODES, started, stop
 from tests.slurm.test_train import Bench
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
@@ -29,17 +29,18 @@ def test_a_bad_node_is_named_and_left_out(bench: Bench, tmp_path: Path) -> None:
     smi.parent.mkdir()
     smi.write_text(SMI.format(bad=bad))
     smi.chmod(0o755)
-    run = Run(bench, "unfit", "cluster.device=auto", f"cluster.setup=['export PATH={smi.parent}:$PATH']", *TWO_NODES)
+    setup = f"cluster.setup=['export PATH={smi.parent}:$PATH']"
+    run = started(bench, "unfit", "cluster.device=auto", setup, *TWO_NODES)
     record = run.ended(1)
     name = bad.read_text().strip()
     assert (record["cause"], record["bad_nodes"], record["next"]["decision"]) == ("preflight", [name], "requeue")
     assert record["message"].startswith(f"preflight: {name}: GPU ") and "3 uncorrected ECC errors" in record["message"]
     assert record["next"]["reason"].endswith(f"without {name}")
-    assert not list(run.file("attempts/0001").glob("rank-*.log"))
+    assert not list((run.folder / "attempts" / "0001").glob("rank-*.log"))
     run.starts_now()
     run.goes_on(2)
     assert name not in run.nodes() and len(run.nodes()) == 2
-    run.stop()
-    said = read_json(run.file("attempts/0002/preflight.json"))
+    stop(run)
+    said = read_json(run.folder / "attempts" / "0002" / "preflight.json")
     assert said["passed"] and [node["name"] for node in said["nodes"]] == run.nodes()
-    assert read_json(run.file("attempts/0002/collective.json"))["ranks"] == 2
+    assert read_json(run.folder / "attempts" / "0002" / "collective.json")["ranks"] == 2
