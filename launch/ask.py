@@ -17,7 +17,16 @@ HERE = {  # keys that mean something in this process only, with what a job has i
     "device": "expected cluster.device",
 }
 TRUTH = {"true": True, "false": False}
-JOB = ("name", "group", "nodes", "gpus_per_node", "runs_dir", "dry_run", "follow")  # and these with cluster= only
+JOB = (
+    "name",
+    "group",
+    "nodes",
+    "gpus_per_node",
+    "runs_dir",
+    "dry_run",
+    "follow",
+    "after",
+)  # and these with cluster= only
 
 
 def split(argument: str) -> tuple[str, str]:

@@ -50,7 +50,7 @@ def submitit(config: JobConfig, folder: Path, lock: IO[str]) -> int:
 
     (folder / "slurm").mkdir(exist_ok=True)
     (folder / "slurm" / "job.sh").write_text(render.job_file(config, folder))  # for a successor
-    with journal.intend(Path(config.runs_dir), folder) as intent:
+    with journal.intend(Path(config.runs_dir), [folder]) as intent:
         try:
             with environment(render.clean(config.cluster, os.environ)):
                 job = executor(config, folder).submit(agent.task, str(folder))

@@ -8,7 +8,7 @@ from synthos.data.store.retry import MissingFile, StorageError
 from synthos.strict import unknown
 
 VERBS = {  # verb -> ("module:function", what it does)
-    "submit": ("launch.commands.submit:main", "train a recipe; the same command again continues the run"),
+    "submit": ("launch.commands.submit:main", "train a recipe, once or as a sweep; the same command again continues"),
     "status": ("launch.commands.status:main", "how runs are at this moment"),
     "ls": ("launch.commands.status:ls", "list all runs, or those of a group"),
     "logs": ("launch.commands.logs:main", "what a run printed, the rank that failed first on top"),

@@ -7,19 +7,22 @@ import dataclasses
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Glob
+from hydra.core.override_parser.types import Override as Override  # for who enumerates sweeps
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from launch.anchor import absolute, anchor
 from launch.snapshot import is_copy
-from synthos.schema import DataConfig, GenerateConfig, JobConfig, ModelConfig, PartConfig, RunConfig
+from synthos.schema import GenerateConfig, JobConfig, RunConfig
 from synthos.strict import load, unknown
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -37,6 +40,8 @@ class Composed:
         full: and build the model for it, without weights.
         follow: after submitting, show the run until it ends.
         new: run it anew, though it was run before.
+        after: the run that must be done first.
+        array_parallelism: how many points of a sweep may run at a time; None: no limit.
     """
 
     config: RunConfig
@@ -44,6 +49,11 @@ class Composed:
     full: bool
     follow: bool
     new: bool
+    after: str | None
+    array_parallelism: int | None
+
+
+LAUNCHER = ("dry_run", "follow", "force", "after", "array_parallelism")  # root keys that are no part of a config
 
 
 def compose(arguments: Sequence[str], config_dir: Path = CONFIGS) -> Composed:
@@ -52,29 +62,42 @@ def compose(arguments: Sequence[str], config_dir: Path = CONFIGS) -> Composed:
     Relative paths are taken from the current folder, so that ranks may start anywhere. Raises ValueError, in one
     message, for what is no override, for an unknown choice, and for keys that are unknown, missing or of a wrong type.
     """
-    known = choices(config_dir)
-    overrides = [_parse(argument) for argument in arguments]
-    optional = _optional_groups(config_dir)
+    overrides = [parse(argument) for argument in arguments]
+    check(overrides, config_dir)
+    return typed(compose_here(overrides, config_dir), config_dir)
+
+
+def check(overrides: Sequence[Override], config_dir: Path) -> None:
+    """Raise ValueError, in one message, for overrides of which no config can be composed."""
+    known, optional = choices(config_dir), _optional_groups(config_dir)
     problems = [problem for override in overrides for problem in _override_problems(override, known, optional)]
     if not {"recipe", "experiment"} & {o.key_or_group for o in overrides if o.value() is not None}:
         problems.append(_missing_choice("recipe", known))
     if problems:
         raise ValueError("\n".join(problems))
-    plain = _compose_for_here(overrides, config_dir)
+
+
+def typed(composed: DictConfig, config_dir: Path) -> Composed:
+    """What `compose_here` has composed as a config of the right types, and the launcher's own keys."""
+    plain, known = _finish(composed, dict.fromkeys(("name", "group"), default_name(composed))), choices(config_dir)
     # The schema would only say that a group is missing, not what may be chosen.
     problems = [_missing_choice(group, known) for group in known if group not in plain]
-    dry_run, follow, force = (plain.pop(key, None) for key in ("dry_run", "follow", "force"))
+    dry_run, follow, force, after, parallelism = (plain.pop(key, None) for key in LAUNCHER)
     if not isinstance(dry_run, bool) and dry_run != "full":
         problems.append(f"dry_run: {dry_run!r} is not allowed; expected true, false or full")
     if not isinstance(follow, bool):
         problems.append(f"follow: {follow!r} is not allowed; expected true or false")
     if force not in (None, "new"):
         problems.append(f"force: {force!r} is not allowed; expected null or new")
+    if not isinstance(after, str | None):
+        problems.append(f"after: {after!r} is not allowed; expected null or a run")
+    if parallelism is not None and (type(parallelism) is not int or parallelism < 1):
+        problems.append(f"array_parallelism: {parallelism!r} is not allowed; expected null, or 1 or more")
     if problems:
         raise ValueError("\n".join(problems))
-    config = _anchor(load(RunConfig, plain), Path.cwd())
+    config = anchor(load(RunConfig, plain), Path.cwd())
     _check_follow(config, bool(follow))
-    return Composed(config, bool(dry_run), full=dry_run == "full", follow=bool(follow), new=force == "new")
+    return Composed(config, bool(dry_run), dry_run == "full", bool(follow), force == "new", after, parallelism)
 
 
 @dataclass(frozen=True)
@@ -86,21 +109,22 @@ class Once:
     dry_run: bool
     follow: bool
     force: Literal["new"] | None  # new: make the pictures anew, though they were made before
+    after: str | None  # the run that must be done first
 
 
 def compose_generate(weights: str, arguments: Sequence[str], config_dir: Path = CONFIGS) -> tuple[GenerateConfig, Once]:
     """Compose `configs/generate.yaml`, the chosen cluster and the overrides in `arguments`; raises as `compose`."""
     known = {"cluster": choices(config_dir)["cluster"]}
-    overrides = [_parse(argument) for argument in arguments]
+    overrides = [parse(argument) for argument in arguments]
     problems = [problem for override in overrides for problem in _override_problems(override, known, set())]
     if problems:
         raise ValueError("\n".join(problems))
     composed = _compose(overrides, config_dir, "generate")
-    plain = {**_finish(composed, {"name": _name_of_weights(weights)}), "weights": _absolute(weights, Path.cwd())}
+    plain = {**_finish(composed, {"name": _name_of_weights(weights)}), "weights": absolute(weights, Path.cwd())}
     once = load(Once, {field.name: plain.pop(field.name, None) for field in dataclasses.fields(Once)})
     config = load(GenerateConfig, plain)
     _check_follow(config, once.follow)
-    requests = _absolute(config.requests, Path.cwd()) if isinstance(config.requests, str) else config.requests
+    requests = absolute(config.requests, Path.cwd()) if isinstance(config.requests, str) else config.requests
     return dataclasses.replace(config, requests=requests), once
 
 
@@ -114,7 +138,7 @@ def _name_of_weights(weights: str) -> str:
     """A job's name: the run and the step that its weights are of, or else what they are called."""
     path = Path(weights).absolute()
     step = next((p for p in (path, *path.parents) if p.parent.name in ("weights", "checkpoints")), None)
-    return file_name(f"{step.parents[1].name}-{step.name}" if step else path.stem)
+    return file_name(f"{step.parents[1].name}-{step.name}" if step else path.name if path.is_dir() else path.stem)
 
 
 def file_name(text: str) -> str:
@@ -135,18 +159,32 @@ def _optional_groups(config_dir: Path) -> set[str]:
     return {str(group) for entry in entries for group, choice in entry.items() if choice is None}
 
 
-def _parse(argument: str) -> Override:
+def parse(argument: str) -> Override:
     """One override. What Hydra's grammar can't read (`shards=/data/{00..13}.tar`) is taken as text, braces and all."""
     parser = OverridesParser.create()
     key, equals, value = argument.partition("=")
-    try:
-        return parser.parse_override(argument)
-    except HydraException:
-        text = value.replace("\\", "\\\\").replace("'", "\\'")
+    with suppress(HydraException):
+        if key != "after" or value == "null":  # a run's name may look like a number: 17_3 would be 173
+            return parser.parse_override(argument)
+    text = value.replace("\\", "\\\\").replace("'", "\\'")
     try:
         return parser.parse_override(f"{key}='{text}'" if equals else "")
     except HydraException:
         raise ValueError(f"{argument!r} is no override; write key=value, as in optim.lr=1e-4") from None
+
+
+def sweep_values(override: Override, config_dir: Path) -> list[str]:
+    """The values, as text, that an override in sweep syntax lists. Raises ValueError where it lists none."""
+    key, sweep = str(override.key_or_group), override.value()
+    if isinstance(sweep, Glob):
+        values = sweep.filter(choices(config_dir).get(key, []))
+    elif override.is_discrete_sweep():
+        values = list(override.sweep_string_iterator())
+    else:
+        raise ValueError(f"{override.input_line}: has no list of values; expected choice(...) or range(...)")
+    if not values:
+        raise ValueError(f"{override.input_line}: stands for no value; expected at least one")
+    return values
 
 
 def _override_problems(override: Override, known: Mapping[str, list[str]], optional: set[str]) -> list[str]:
@@ -167,17 +205,21 @@ def _missing_choice(group: str, known: Mapping[str, list[str]]) -> str:
     return f"{group}: missing; choose one with {group}=<name>, known: {', '.join(known.get(group, []))}"
 
 
-def _compose_for_here(overrides: list[Override], config_dir: Path) -> dict[str, Any]:
+def compose_here(overrides: list[Override], config_dir: Path) -> DictConfig:
     """The composed values. Where nobody chose a cluster, it is Slurm if there is one here or if one node won't do."""
     composed = _compose(overrides, config_dir)
     chosen = composed.hydra.runtime.choices
     by_default = "cluster" not in {o.key_or_group for o in overrides} and chosen.cluster == "local"
     if by_default and (shutil.which("sbatch") or composed.get("nodes") not in (None, 1)):
-        composed = _compose([*overrides, _parse("cluster=slurm")], config_dir)
+        composed = _compose([*overrides, parse("cluster=slurm")], config_dir)
     with open_dict(composed):
         composed.experiment = chosen.get("experiment")
-    name = Path(composed.experiment or chosen.recipe).name
-    return _finish(composed, {"name": name, "group": name})
+    return composed
+
+
+def default_name(composed: DictConfig) -> str:
+    """A run is called by its experiment, or else by its recipe."""
+    return Path(composed.experiment or composed.hydra.runtime.choices.recipe).name
 
 
 def _compose(overrides: list[Override], config_dir: Path, page: str = "run") -> DictConfig:
@@ -237,7 +279,7 @@ def _finish(composed: DictConfig, names: Mapping[str, str]) -> dict[str, Any]:
         for key, value in {**names, **folders}.items():
             composed[key] = str(value) if composed.get(key) is None else composed[key]
         for key in ("runs_dir", "cache_dir"):  # before they are interpolated into other paths
-            composed[key] = _absolute(str(composed[key]), Path.cwd())
+            composed[key] = absolute(str(composed[key]), Path.cwd())
     try:
         plain = OmegaConf.to_container(composed, resolve=True)
     except OmegaConfBaseException as error:
@@ -256,45 +298,3 @@ def _without_missing(group: Mapping[Any, Any]) -> dict[str, Any]:
         for key, value in group.items()
         if value != "???"
     }
-
-
-def _anchor(config: RunConfig, folder: Path) -> RunConfig:
-    """The same config with its relative paths taken from `folder`."""
-    requests = config.validate.requests
-    if isinstance(requests, str):
-        requests = _absolute(requests, folder)
-    return dataclasses.replace(
-        config,
-        data=_anchor_data(config.data, folder),
-        model=_anchor_model(config.model, folder),
-        init_from=_anchor_id(config.init_from, folder) if config.init_from is not None else None,
-        validate=dataclasses.replace(config.validate, requests=requests),
-    )
-
-
-def _anchor_data(data: DataConfig, folder: Path) -> DataConfig:
-    def anchored(shards: str | list[str]) -> str | list[str]:
-        return _absolute(shards, folder) if isinstance(shards, str) else [_absolute(shard, folder) for shard in shards]
-
-    mix = data.mix and {name: dataclasses.replace(s, shards=anchored(s.shards)) for name, s in data.mix.items()}
-    known_bad, cache = (path and _absolute(path, folder) for path in (data.known_bad, data.cache))
-    shards, validation = (shards and anchored(shards) for shards in (data.shards, data.validation))
-    return dataclasses.replace(data, shards=shards, validation=validation, mix=mix, known_bad=known_bad, cache=cache)
-
-
-def _anchor_model(model: ModelConfig, folder: Path) -> ModelConfig:
-    def anchored(part: PartConfig) -> PartConfig:
-        return dataclasses.replace(part, path=_anchor_id(part.path, folder))
-
-    return dataclasses.replace(model, parts={name: anchored(part) for name, part in model.parts.items()})
-
-
-def _anchor_id(name: str, folder: Path) -> str:
-    """The path from `folder` of a file or folder that is there; anything else is a hub id."""
-    path = _absolute(name, folder)
-    return path if Path(path).exists() else name
-
-
-def _absolute(path: str, folder: Path) -> str:
-    """`path` from `folder`; addresses such as s3://bucket/a.tar stay as they are."""
-    return path if "://" in path else str(folder / Path(path).expanduser())

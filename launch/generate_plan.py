@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from launch.after import After, waiting
 from launch.plan import describe_cluster, describe_job
 from launch.rundir import read_state
 from synthos.schema import GenerateConfig
@@ -20,6 +21,7 @@ class GeneratePlan:
         folder: its run folder.
         missing: a line for each thing that must be there first.
         notes: a line for each thing that Slurm says of it.
+        after: what its job waits for.
     """
 
     config: GenerateConfig
@@ -27,6 +29,7 @@ class GeneratePlan:
     folder: Path
     missing: list[str]
     notes: list[str]
+    after: After | None = None
 
     def render(self) -> str:
         """The plan, a line for each fact, and a `missing:` line for each thing to bring first."""
@@ -36,6 +39,7 @@ class GeneratePlan:
             "weights": f"{source.path}, {kind}, of recipe {source.recipe['name']}, model {source.model.name}",
             "run folder": str(self.folder),
             "holds": self._holds(),
+            **({"after": self.after.describe()} if self.after else {}),
             "cluster": describe_cluster(config),
             "world size": f"{config.ranks} ranks = nodes {config.nodes} x gpus_per_node {config.gpus_per_node}",
             "requests": self._requests(),
@@ -46,7 +50,7 @@ class GeneratePlan:
 
     def job(self) -> str:
         """What Slurm will be given, word for word; empty where it is given nothing."""
-        return describe_job(self.config, self.folder)
+        return describe_job(waiting(self.config, self.after), self.folder)
 
     def _holds(self) -> str:
         state = read_state(self.folder)

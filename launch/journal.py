@@ -1,8 +1,8 @@
 """The submit journal: what was about to be submitted, so that no job is lost between sbatch and the record of its id.
 
 `runs/.submits/<uuid>.intent` is written before sbatch is called, and becomes `<uuid>.json` with the id of the job. An
-intent whose submitter has died is settled by the next command that looks: its job is found in the queue by name and
-output, and adopted.
+intent whose submitter has died is settled by the next command that looks: its job is found in the queue by the file
+that it prints to, and adopted. An array is one submission of several runs.
 """
 
 import json
@@ -11,13 +11,13 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from launch import slurm
+from launch import squeue
 from launch.rundir import lock
 from synthos.files import read_json, write_json
 
@@ -33,13 +33,17 @@ class Intent:
         self.path, self.said = path, said
 
     @property
-    def folder(self) -> Path:
-        return Path(self.said["folder"])
+    def folders(self) -> list[Path]:
+        """The runs; of an array in the order of its elements."""
+        return [Path(folder) for folder in self.said["folders"]]
 
-    def complete(self, job: str) -> None:
-        """Record the job, in the journal and in the run folder."""
-        (self.folder / "slurm" / "job").write_text(job)
+    def complete(self, job: str) -> list[tuple[Path, str]]:
+        """Record the job, in the journal and in the run folders; returns these, each with its own job."""
+        jobs = [(folder, f"{job}_{index}" if self.said["array"] else job) for index, folder in enumerate(self.folders)]
+        for folder, own in jobs:
+            (folder / "slurm" / "job").write_text(own)
         self._settle({"job": job})
+        return jobs
 
     def refused(self) -> None:
         """Slurm did not take it: there is nothing to remember."""
@@ -51,12 +55,18 @@ class Intent:
 
 
 @contextmanager
-def intend(runs_dir: Path, folder: Path) -> Iterator[Intent]:
-    """Write down that the job of the run in `folder`, somewhere in `runs_dir`, is about to be submitted.
+def intend(runs_dir: Path, folders: Sequence[Path], array: bool = False) -> Iterator[Intent]:
+    """Write down that the job of a run, or the `array` of several, is about to be submitted.
 
     The kernel's lock on the file says that its submitter lives. What ends without `complete` or `refused` stays open.
     """
-    said = {"folder": str(folder), "host": socket.gethostname(), "pid": os.getpid(), "begun": _now()}
+    said = {
+        "folders": [*map(str, folders)],
+        "array": array,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "begun": _now(),
+    }
     path = runs_dir / FOLDER / f"{uuid.uuid4().hex}.intent"
     path.parent.mkdir(exist_ok=True)
     part = path.with_suffix(".part")
@@ -77,11 +87,10 @@ def settle(runs_dir: Path) -> list[tuple[Path, str]]:
     if not shutil.which("squeue"):  # the runs may be seen from a machine without Slurm
         return adopted
     for intent in _abandoned(runs_dir):
-        found = slurm.job_of(intent.folder)
-        if found:
-            _give_pickle(intent.folder / "slurm", found.job)
-            intent.complete(found.job)
-            adopted.append((intent.folder, found.job))
+        if found := _find(intent):
+            if not intent.said["array"]:
+                _give_pickle(intent.folders[0] / "slurm", found)
+            adopted += intent.complete(found)
         elif not _in_flight(intent):
             intent._settle({"job": None})
     return adopted
@@ -94,7 +103,18 @@ def pending(runs_dir: Path, folder: Path) -> bool:
     locked to settle it.
     """
     intents = (read_json(path) for path in (runs_dir / FOLDER).glob("*.intent"))
-    return any(said.get("folder") == str(folder) for said in intents)
+    return any(str(folder) in said.get("folders", []) for said in intents)
+
+
+def _find(intent: Intent) -> str | None:
+    """The job of a submission, or its array, as far as it is in the queue."""
+    queue = squeue.jobs_of(intent.folders)
+    for index, folder in enumerate(intent.folders):
+        for job in queue.of(folder):
+            array, _, element = job.job.partition("_")
+            if not intent.said["array"] or element == str(index):
+                return array if intent.said["array"] else job.job
+    return None
 
 
 def _abandoned(runs_dir: Path) -> Iterator[Intent]:

@@ -54,13 +54,20 @@ class Place:
         return self.nodes == self.tasks == 1
 
 
+def job_id(environment: Mapping[str, str]) -> str:
+    """This job as Slurm's commands take it: an element of an array by its own name, which says which run it is."""
+    if "SLURM_ARRAY_TASK_ID" in environment:
+        return f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
+    return environment["SLURM_JOB_ID"]
+
+
 def slurm_place(environment: Mapping[str, str]) -> Place:
     """The place that srun gave this process. Raises ValueError where srun did not start it."""
     if "SLURM_PROCID" not in environment:
         raise ValueError("this is no task of a Slurm job: the agent is started by srun, as slurm/train.sbatch does")
     nodes = int(environment["SLURM_NNODES"])
     return Place(
-        job=f"{environment['SLURM_JOB_ID']}.{environment.get('SLURM_RESTART_COUNT', '0')}",
+        job=f"{job_id(environment)}.{environment.get('SLURM_RESTART_COUNT', '0')}",
         node=int(environment["SLURM_NODEID"]),
         nodes=nodes,
         task=int(environment["SLURM_LOCALID"]),

@@ -1,10 +1,12 @@
 """What a submission will do, in words: the page that `dry_run=true` prints."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from launch import render
+from launch.after import After, waiting
 from launch.rundir import RunState, run_folder
 from launch.sizes import counted_rows, stated_rows
 from launch.survey import Survey
@@ -28,6 +30,7 @@ class Plan:
         survey: data, and what is missing.
         sizes: shapes of all parameters; None in a plain dry run, which builds nothing.
         last_step: the step at which it is done; None until `epochs` can be counted.
+        after: what its job waits for.
     """
 
     config: RunConfig
@@ -36,16 +39,22 @@ class Plan:
     survey: Survey
     sizes: Sizes | None
     last_step: int | None
+    after: After | None = None
 
     def render(self) -> str:
         """The plan, a line for each fact, and a `missing:` line for each thing to bring first."""
+        return page(self.rows(), self.survey)
+
+    def rows(self) -> dict[str, str]:
+        """The facts by name."""
         config, batch = self.config, self.config.batch
         factors = f"micro {batch.micro} x accumulation {config.accumulation} x ranks {config.ranks}"
-        rows = {
+        return {
             "recipe": f"{config.recipe['name']}, model {config.model.name}, data {config.data.title}",
             **({"init_from": config.init_from} if config.init_from else {}),
             "run folder": str(self.folder or f"{self._folder()}, {UNKNOWN}"),
             "holds": describe_state(self.state),
+            **({"after": self.after.describe()} if self.after else {}),
             "cluster": describe_cluster(config),
             "world size": f"{config.ranks} ranks = nodes {config.nodes} x gpus_per_node {config.gpus_per_node}",
             "batch": f"size {batch.size} = {factors}",
@@ -54,9 +63,6 @@ class Plan:
             "data": self._data(),
             "size": self._size(),
         }
-        lines = [f"{name + ':':<12}{text}" for name, text in rows.items()]
-        lines += [f"note: {note}" for note in self.survey.notes]
-        return "\n".join([*lines, *(f"missing: {line}" for line in self.survey.missing)])
 
     def _folder(self) -> Path:
         """The run folder, or where it will be."""
@@ -64,7 +70,7 @@ class Plan:
 
     def job(self) -> str:
         """What Slurm will be given, word for word; empty where it is given nothing."""
-        return describe_job(self.config, self._folder())
+        return describe_job(waiting(self.config, self.after), self._folder())
 
     def _length(self) -> str:
         if self.last_step is None:
@@ -86,6 +92,13 @@ class Plan:
             return UNKNOWN
         held = f"{counted(data.samples, 'sample')} to train on and {data.held_out:,} held out"
         return f"{held}, in {counted(data.shards or 0, 'shard')}"
+
+
+def page(rows: Mapping[str, str], survey: Survey) -> str:
+    """Rows of a plan, and what was found of the outside."""
+    lines = [f"{name + ':':<12}{text}" for name, text in rows.items()]
+    lines += [f"note: {note}" for note in survey.notes]
+    return "\n".join([*lines, *(f"missing: {line}" for line in survey.missing)])
 
 
 def describe_cluster(config: JobConfig) -> str:

@@ -19,21 +19,25 @@ from pathlib import Path
 from typing import Any
 
 from launch import snapshot
+from launch.known import Known
 from launch.redact import redact, redact_bytes
 from synthos.schema import JobConfig, RunConfig
 
 DRIVER = Path("/proc/driver/nvidia/version")
 
 
-def record(folder: Path, command: Sequence[str], checkout: Path, inputs: Mapping[str, Any]) -> None:
+def record(
+    folder: Path, command: Sequence[str], checkout: Path, inputs: Mapping[str, Any], known: Known | None = None
+) -> None:
     """Write `provenance/` of the run in `folder`, whose `code` leads to what it runs.
 
-    Its files tell of the newest submission; what an earlier one wrote is kept in `provenance/earlier/0001`, and so on.
+    What is `known` of checkout and machine is not asked again. Its files tell of the newest submission; what an earlier
+    one wrote is kept in `provenance/earlier/0001`, and so on.
     """
     part, kept = folder / ".provenance.part", folder / "provenance"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
-    _write(part, command, checkout, snapshot.tree_name(folder), inputs)
+    _write(part, command, checkout, snapshot.tree_name(folder), inputs, known or Known())
     names = sorted(path.name for path in part.iterdir())
     if not kept.is_dir():
         part.rename(kept)
@@ -54,19 +58,30 @@ def _set_aside(kept: Path) -> None:
     part.rename(kept / "earlier" / f"{number:04d}")
 
 
-def _write(folder: Path, command: Sequence[str], checkout: Path, tree: str, inputs: Mapping[str, Any]) -> None:
-    packages = installed()
-    machine = {**environment_facts(), "slurm": _slurm(), "packages_sha256": hashlib.sha256(packages).hexdigest()}
+def _write(
+    folder: Path, command: Sequence[str], checkout: Path, tree: str, inputs: Mapping[str, Any], known: Known
+) -> None:
+    packages = known.ask("packages", None, installed)
+    facts = known.ask("machine", None, lambda: {**environment_facts(), "slurm": _slurm()})
+    machine = {**facts, "packages_sha256": hashlib.sha256(packages).hexdigest()}
     # Without a copy (cluster=debug) the checkout itself runs, with whatever is saved there while it does.
-    code = {**snapshot.facts(checkout), "tree": tree, "runs": "copy" if tree else "checkout"}
+    code = {
+        **known.ask("git", checkout, lambda: snapshot.facts(checkout)),
+        "tree": tree,
+        "runs": "copy" if tree else "checkout",
+    }
     (folder / "command.txt").write_text(redact(shlex.join(command)) + "\n")
     (folder / "git.json").write_text(json.dumps(code, indent=1))
     # Relative: around a copy lies the checkout that it was made of, which may be another by now.
-    changes = snapshot.git(checkout, "diff", "--binary", "--relative", "HEAD") or b""
-    (folder / "changes.patch").write_bytes(redact_bytes(changes))
+    changes = known.ask("changes", checkout, lambda: redact_bytes(_changes(checkout)))
+    (folder / "changes.patch").write_bytes(changes)
     (folder / "packages.txt").write_bytes(packages)
     (folder / "environment.json").write_text(json.dumps(machine, indent=1))
     (folder / "inputs.json").write_text(json.dumps(inputs, indent=1))
+
+
+def _changes(checkout: Path) -> bytes:
+    return snapshot.git(checkout, "diff", "--binary", "--relative", "HEAD") or b""
 
 
 def installed() -> bytes:

@@ -7,7 +7,7 @@ import math
 import re
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from launch.compose import CHECKOUT
@@ -142,7 +142,7 @@ def output(folder: Path, job: str = "%j") -> Path:
 def batch_script(config: JobConfig, folder: Path) -> str:
     """The script that submitit submits: its job, the agent with the run folder, is pickled in the folder `slurm`."""
     lines = [
-        f"#SBATCH {_flag(key, value and shlex.quote(value))}" for key, value in sorted(flags(config, folder).items())
+        f"#SBATCH {flag(key, value and shlex.quote(value))}" for key, value in sorted(flags(config, folder).items())
     ]
     command = [*srun(config), python(config.cluster), "-u", "-m", "submitit.core._submit", str(folder / "slurm")]
     run = [
@@ -164,13 +164,18 @@ def attempts(config: JobConfig, folder: Path) -> list[str]:
 
 def sbatch_line(config: JobConfig, folder: Path, environment: Mapping[str, str]) -> str:
     """The whole line to type where submitit is not used. It starts `slurm/train.sbatch`, in a clean environment."""
-    names = [f'{name}="${name}"' for name in travelling(config.cluster, environment)]
-    return " ".join(["env -i", *names, shlex.join(sbatch(config, folder))])
+    return typed(config.cluster, sbatch(config, folder), environment)
+
+
+def typed(cluster: ClusterConfig, command: Sequence[str], environment: Mapping[str, str]) -> str:
+    """The line by which a person gives a command in a clean environment."""
+    names = [f'{name}="${name}"' for name in travelling(cluster, environment)]
+    return " ".join(["env -i", *names, shlex.join(command)])
 
 
 def sbatch(config: JobConfig, folder: Path) -> list[str]:
     """The sbatch command that starts `slurm/train.sbatch`."""
-    given = [_flag(key, value) for key, value in flags(config, folder).items()]
+    given = [flag(key, value) for key, value in flags(config, folder).items()]
     return ["sbatch", *given, str(folder / "code" / "slurm" / "train.sbatch"), str(folder)]
 
 
@@ -220,7 +225,8 @@ def _gpus(config: JobConfig) -> dict[str, str | None]:
     return {cluster.gpu_flag: f"{'gpu:' if cluster.gpu_flag == 'gres' else ''}{kind}{config.gpus_per_node}"}
 
 
-def _flag(key: str, value: str) -> str:
+def flag(key: str, value: str) -> str:
+    """A flag as sbatch takes it."""
     return f"--{key}={value}" if value else f"--{key}"
 
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from launch import attempts, render, slurm
 from launch.decision import CRASHES, Decision, decide
-from launch.place import node_names
+from launch.place import job_id, node_names
 from launch.rundir import hold, read_state
 from synthos.files import create_json, read_cause, read_json, write_json
 from synthos.schema import ClusterConfig, JobConfig, read_job
@@ -265,17 +265,11 @@ def end_orphans(folder: Path) -> None:
             print(f"warning: ranks of {folder} are still alive after {ORPHAN_SECONDS} s", file=sys.stderr)
 
 
-def job_id(environment: Mapping[str, str]) -> str:
-    """This job as scontrol takes it: an element of an array by its own name, or the whole array would be requeued."""
-    if "SLURM_ARRAY_TASK_ID" in environment:
-        return f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
-    return environment["SLURM_JOB_ID"]
-
-
 def job_start(environment: Mapping[str, str]) -> str:
     """This start of the job, as attempts record it; empty outside of Slurm."""
-    job = environment.get("SLURM_JOB_ID", "")
-    return f"{job}.{environment.get('SLURM_RESTART_COUNT', '0')}" if job else ""
+    if "SLURM_JOB_ID" not in environment:
+        return ""
+    return f"{job_id(environment)}.{environment.get('SLURM_RESTART_COUNT', '0')}"
 
 
 def _wait(seconds: float) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from launch import provenance, snapshot
+from launch.known import Known
 from synthos.run import read_verdict
 from synthos.schema import GenerateConfig, JobConfig, RunConfig
 from synthos.strict import write_config
@@ -118,28 +119,30 @@ def open_folder(
     command: Sequence[str],
     checkout: Path,
     inputs: Mapping[str, Any] | None = None,
+    known: Known | None = None,
 ) -> None:
     """Write what the ranks will read: their code, provenance, files of requests, then the config.
 
     All of it is written again when the run continues by a new submission: its code is that of today, and what is no
-    part of its identity (machines, micro-batch, W&B) may have changed. Raises RuntimeError where the code can't be
-    copied.
+    part of its identity (machines, micro-batch, W&B) may have changed. What is `known` of the checkout, from a run that
+    is opened with it, is not asked again. Raises RuntimeError where the code can't be copied.
     """
-    copy_code(folder, config, checkout)
-    provenance.record(folder, command, checkout, inputs or {})
+    copy_code(folder, config, checkout, known)
+    provenance.record(folder, command, checkout, inputs or {}, known)
     frozen = _with_own_files(config, folder)
     temporary = folder / ".config.yaml.part"
     write_config(frozen, temporary)
     temporary.replace(folder / "config.yaml")
 
 
-def copy_code(folder: Path, config: JobConfig, checkout: Path) -> None:
+def copy_code(folder: Path, config: JobConfig, checkout: Path, known: Known | None = None) -> None:
     """Let the run's `code` lead to a copy of the checkout, and say so where it was another; debug runs the checkout."""
     former = snapshot.tree_name(folder)
     if config.cluster.backend == "debug":
         (folder / "code").unlink(missing_ok=True)
         return
-    kept = snapshot.take(checkout, Path(config.runs_dir) / snapshot.STORE, not_code(config))
+    store = Path(config.runs_dir) / snapshot.STORE
+    kept = (known or Known()).ask("copy", store, lambda: snapshot.take(checkout, store, not_code(config)))
     snapshot.link(folder, kept)
     if former and former != kept.name:
         print(f"code: {kept.name[:12]} from now on, was {former[:12]}; the run's attempts tell which ran which")

@@ -41,9 +41,11 @@ def _is_run(entry: os.DirEntry[str]) -> bool:
     return not entry.name.startswith(".") and os.path.exists(f"{entry.path}/config.yaml")
 
 
-def find_one(word: str) -> Path:
-    """The one run that `word` names. Raises ValueError where there is none, or more than one."""
-    found = _matches(word)
+def find_one(word: str, root: Path | None = None) -> Path:
+    """The one run that `word` names, below `runs_root()` unless another root is given. Raises ValueError where there is
+    none, or more than one.
+    """
+    found = _matches(word, root)
     if len(found) > 1:
         raise _ambiguous(word, found)
     return found[0]
@@ -94,7 +96,7 @@ def is_held(folder: Path) -> bool:
     return False
 
 
-def _matches(word: str) -> list[Path]:
+def _matches(word: str, root: Path | None = None) -> list[Path]:
     """The runs that one word may mean, at least one."""
     path = Path(word).expanduser().absolute()
     if os.sep in word or (path / "config.yaml").is_file():
@@ -103,7 +105,7 @@ def _matches(word: str) -> list[Path]:
         if (path / "config.yaml").is_file():
             return [path]
         raise ValueError(f"{word} is no run folder: it has no config.yaml")
-    root = runs_root()
+    root = root or runs_root()
     runs = all_runs(root)
     found = [run for run in runs if word in _names(run)]
     if not found and JOB.fullmatch(word):

@@ -43,20 +43,6 @@ def queued(job: str) -> Queued | None:
     return None
 
 
-def job_of(folder: Path) -> Queued | None:
-    """The job of a run, while it is in the queue, however it was submitted: known by its name and its output."""
-    if not (folder / "slurm").is_dir() or not shutil.which("squeue"):  # never submitted, or Slurm is elsewhere
-        return None
-    listed = ask(["squeue", "--noheader", f"--name={folder.name}", "--format=%i", "--states=all"])
-    if listed.returncode:
-        raise RuntimeError(f"squeue: {words(listed.stderr)}")
-    for job in listed.stdout.split():
-        shown = ask(["scontrol", "show", "job", job]).stdout
-        if f"StdOut={render.output(folder, job)}\n" in shown and (found := queued(job)):
-            return found
-    return None
-
-
 @dataclass(frozen=True)
 class Job:
     """A job as the controller tells of it.

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from launch import slurm
 
-FIELDS = ("JobArrayID:60", "JobID:20", "RestartCnt:10", "State:30", "Reason:100", "NodeList:200", "StartTime:30",
-          "STDOUT:1000")  # fmt: skip
+FIELDS = ("JobArrayID:60", "RestartCnt:10", "State:30", "Reason:100", "NodeList:200", "StartTime:30", "STDOUT:1000")
 
 
 @dataclass(frozen=True)
@@ -18,7 +17,7 @@ class Job:
 
     Attributes:
         job: its id; of an array's element as in 17_3.
-        start: its number as Slurm counts, and how often it was requeued, as attempts record it: 17.0.
+        start: its id and how often it was requeued, as attempts record it: 17.0.
         state: as in PENDING, RUNNING.
         reason: why it is pending, in Slurm's word.
         nodes: that it runs on.
@@ -31,6 +30,11 @@ class Job:
     reason: str
     nodes: str
     begins: str
+
+    @property
+    def detail(self) -> str:
+        """Its nodes, or why it is pending."""
+        return self.nodes or self.reason
 
     @property
     def pending(self) -> bool:
@@ -72,8 +76,23 @@ def ask(folders: Sequence[Path]) -> Queue:
         return Queue({}, f"squeue: {slurm.words(done.stderr)}")
     jobs: dict[Path, list[Job]] = {}
     for line in done.stdout.splitlines():
-        name, number, restarts, state, reason, nodes, begins, output = (p.strip() for p in line.split("|", 7))
+        name, restarts, state, reason, nodes, begins, output = (p.strip() for p in line.split("|", 6))
         if state not in slurm.ENDED:
-            job = Job(name, f"{number}.{restarts}", state, reason, nodes, "" if begins == "N/A" else begins)
-            jobs.setdefault(Path(output.rstrip("|")).parent.parent.resolve(), []).append(job)
+            job = Job(name, f"{name}.{restarts}", state, reason, nodes, "" if begins == "N/A" else begins)
+            # Of an element squeue leaves its index to be filled in, also when it runs.
+            file = output.rstrip("|").replace("%a", name.partition("_")[2])
+            jobs.setdefault(Path(file).parent.parent.resolve(), []).append(job)
     return Queue(jobs)
+
+
+def job_of(folder: Path) -> Job | None:
+    """The job of a run, while it is in the queue. Raises RuntimeError where Slurm does not answer."""
+    return next(iter(jobs_of([folder]).of(folder)), None)
+
+
+def jobs_of(folders: Sequence[Path]) -> Queue:
+    """As `ask`, but RuntimeError where Slurm does not answer; where there is none, nobody can have a job."""
+    queue = ask(folders) if shutil.which("squeue") else Queue({})
+    if queue.problem:
+        raise RuntimeError(queue.problem)
+    return queue

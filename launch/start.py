@@ -5,10 +5,11 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from launch import backends, journal, slurm
+from launch import backends, journal
 from launch.attempts import newest_record
 from launch.follow import follow
 from launch.rundir import hold, read_state
+from launch.squeue import job_of
 from synthos.schema import JobConfig
 
 HOLD_SECONDS = 2  # a command that looks at the lock has it for a moment
@@ -30,10 +31,10 @@ def start(config: JobConfig, folder: Path, prepare: Callable[[], None], followin
             print(f"error: {error}", file=sys.stderr)
             return 2
         try:
-            _settle(Path(config.runs_dir))
+            settle(Path(config.runs_dir))
             # Before the queue is asked: where another command settles it meanwhile, the job is found there.
             cut_short = lock is not None and journal.pending(Path(config.runs_dir), folder)
-            queued = slurm.job_of(folder)
+            queued = job_of(folder)
         except RuntimeError as error:  # nothing is started that may be running already
             print(f"error: whether {folder} has a job already is not known: {error}", file=sys.stderr)
             return 1
@@ -51,8 +52,7 @@ def start(config: JobConfig, folder: Path, prepare: Callable[[], None], followin
             if state.done:
                 print(f"{folder} is done" + (f"; its weights are in {state.weights}" if state.weights else ""))
                 return 0
-            for earlier in ("stop", "meeting.json"):  # what a start before this one has left
-                (folder / "control" / earlier).unlink(missing_ok=True)
+            clear(folder)
             try:
                 prepare()
             except (RuntimeError, OSError) as error:
@@ -66,6 +66,13 @@ def start(config: JobConfig, folder: Path, prepare: Callable[[], None], followin
     return 0
 
 
-def _settle(runs_dir: Path) -> None:
+def clear(folder: Path) -> None:
+    """Remove what an earlier start has left for the next attempt to read."""
+    for earlier in ("stop", "meeting.json"):
+        (folder / "control" / earlier).unlink(missing_ok=True)
+
+
+def settle(runs_dir: Path) -> None:
+    """Settle the submit journal, and say what was found."""
     for folder, job in journal.settle(runs_dir):
         print(f"job {job} of {folder} is recorded now: its submission was cut short", file=sys.stderr)

@@ -19,14 +19,14 @@ from synthos.models.initial import changed, start_from
 from synthos.models.parts import Models
 from synthos.models.tensors import take_tensors, tensor_files
 from synthos.recipes.base import load_encoded
-from synthos.schema import ModelConfig, PartConfig, RunConfig
+from synthos.schema import ModelConfig, PartConfig, RunConfig, read_job
 from synthos.strict import read_config
 from synthos.train.checkpoint import read_tensors, stored_sizes
-from synthos.train.checkpoint_files import MANIFEST, STATE, is_whole
+from synthos.train.checkpoint_files import MANIFEST, STATE, STEP, is_whole
 
 EXPECTED = (
-    "expected a folder like weights/step_00002000 or checkpoints/step_00002000 of a run, or a .safetensors file of such"
-    f" a weights folder, or one with {ABOUT_FILE} and {NULL_FILE} beside it"
+    "expected a folder like weights/step_00002000 or checkpoints/step_00002000 of a run, the run itself, or a"
+    f" .safetensors file of such a weights folder, or one with {ABOUT_FILE} and {NULL_FILE} beside it"
 )
 
 
@@ -59,8 +59,8 @@ class Source:
 def find_source(path: Path, average: bool | None = None) -> Source:
     """The weights at `path`: a folder `weights/step_N` or `checkpoints/step_N` of a run, or a `.safetensors` file.
 
-    A file is that of an export, or stands elsewhere with copies of the export's synthos.json and null.safetensors
-    beside it.
+    A run folder stands for its last weights. A file is that of an export, or stands elsewhere with copies of the
+    export's synthos.json and null.safetensors beside it.
 
     Args:
         path: folder or file.
@@ -69,6 +69,8 @@ def find_source(path: Path, average: bool | None = None) -> Source:
 
     Raises ValueError for anything else, for what is damaged, and where the asked kind is not there.
     """
+    if is_run(path):
+        return find_source(_last_weights(path), average)
     if path.is_dir() and ((path / STATE).is_file() or (path / MANIFEST).is_file()):
         return _checkpoint(path, average)
     export = find_export(path, "weights")
@@ -77,13 +79,48 @@ def find_source(path: Path, average: bool | None = None) -> Source:
         problem = f"lacks {ABOUT_FILE}" if path.is_dir() else beside if path.exists() else "does not exist"
         raise ValueError(f"weights: {path} {problem}; {EXPECTED}")
     source = _exported(export)
+    _check_average(source, average)
+    return source
+
+
+def planned_source(run: Path, average: bool | None = None) -> Source:
+    """The last weights that a run will have, as its config tells: enough to check what they are asked for."""
+    config = read_job(run / "config.yaml")
+    if not isinstance(config, RunConfig):
+        raise ValueError(f"weights: {run} has stage {config.stage}, and no weights; {EXPECTED}")
+    source = Source(
+        path=run,
+        recipe=config.recipe,
+        model=config.model,
+        size=(config.data.height, config.data.width),
+        cache_dir=Path(config.cache_dir),
+        averaged=config.ema.decay is not None,
+        start=lambda network, models: None,
+        null=dict,
+    )
+    _check_average(source, average)
+    return source
+
+
+def is_run(path: Path) -> bool:
+    """Whether this is a run folder, which stands for its last weights."""
+    return (path / "config.yaml").is_file()
+
+
+def _last_weights(run: Path) -> Path:
+    found = [(int(match[1]), path) for path in (run / "weights").glob("step_*") if (match := STEP.fullmatch(path.name))]
+    if not found:
+        raise ValueError(f"weights: {run} has no weights, which a run writes when it is done; {EXPECTED}")
+    return max(found)[1]
+
+
+def _check_average(source: Source, average: bool | None) -> None:
     if average is not None and average != source.averaged:
         held = "averaged" if source.averaged else "raw"
         raise ValueError(
-            f"average: {str(average).lower()} is not allowed, {path} holds {held} weights only; expected null, or a "
-            "checkpoint of the run"
+            f"average: {str(average).lower()} is not allowed, {source.path} holds {held} weights only; expected null, "
+            "or a checkpoint of the run"
         )
-    return source
 
 
 def _exported(export: Export) -> Source:

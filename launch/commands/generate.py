@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image
 
 from launch import slurm
+from launch.after import After, find_after, waiting
 from launch.ask import ask, check_keys, request_fields, split
 from launch.check import generation_problems, machine_problems
 from launch.compose import CHECKOUT, choices, compose_generate, file_name
@@ -18,17 +19,19 @@ from launch.identity import sig8_of_generation
 from launch.provenance import inputs_of
 from launch.redact import problems as secrets
 from launch.rundir import code_problems, open_folder, read_state, run_folder
+from launch.runs import find_one, runs_root
 from launch.start import start
 from synthos.models.parts import missing
 from synthos.recipes.base import is_encoded, name_pictures
 from synthos.schema import GenerateConfig
 from synthos.strict import dump
-from synthos.weights import Source, find_source
+from synthos.weights import Source, find_source, is_run, planned_source
 
 USAGE = """usage: synthos generate weights=<folder> out=<picture or folder> [prompt=...] [reference=a.jpg,b.jpg] ...
-       synthos generate weights=<folder> cluster=<name> [requests=<file.jsonl>] [key=value] ...
+       synthos generate weights=<folder> cluster=<name> [after=<run>] [requests=<file.jsonl>] [key=value] ...
 
-Make pictures: here, or as a job with a run folder, spread over its ranks. `dry_run=true` prints the plan of a job.
+Make pictures: here, or as a job with a run folder, spread over its ranks. `dry_run=true` prints the plan of a job. A
+run as `weights` stands for its last ones; a job may wait for them (after=).
 configs/generate.yaml lists the keys; beside them stand the fields of the recipe's Request: prompt, reference,
 negative_prompt, height, width, steps, sampler, seed, and guidance scales. docs/generate.md says more.
 """
@@ -49,23 +52,55 @@ def main(arguments: list[str]) -> int | Callable[[], int]:
     given = dict(pairs)
     if "weights" not in given:
         raise ValueError("weights: missing; synthos generate weights=FOLDER out=FILE.png [prompt=...] [reference=FILE]")
-    recipe = recipe_class(find_source(Path(given["weights"]).expanduser()).recipe["name"])
+    root = Path(given["runs_dir"]).expanduser().absolute() if "runs_dir" in given else runs_root()
+    weights = locate(given["weights"], root)
+    known = planned_source(weights) if is_run(weights) else find_source(weights)
+    recipe = recipe_class(known.recipe["name"])
     names = request_fields(recipe)
     check_keys(given, names)
     own = [f"{key}={value}" for key, value in pairs if key not in names and key != "weights"]
-    config, once = compose_generate(given["weights"], own)
-    source = find_source(Path(config.weights), config.average)
+    config, once = compose_generate(str(weights), own)
+    after = find_after(once.after, config, root)
+    source = open_source(Path(config.weights), config.average, after)
     out = Path(once.out).expanduser() if once.out else None
     name = file_name(out.stem) if out and out.suffix and not out.is_dir() else None
     requests = ask(config, recipe, {key: value for key, value in given.items() if key in names}, name)
-    config = dataclasses.replace(config, requests=requests, weights=str(source.path))
+    config = dataclasses.replace(
+        config, requests=requests, weights=str(weights.absolute() if is_run(weights) else source.path)
+    )
     if "cluster" not in given:
         return here(config, source, recipe, out, once.device)
-    plan = make_plan(config, source, once.force == "new")
+    plan = dataclasses.replace(make_plan(config, source, once.force == "new"), after=after)
     if once.dry_run:
         print(plan.render(), plan.job(), sep="\n", end="")
         return 0
     return as_job(plan, ["synthos", "generate", *arguments], once.follow)
+
+
+def locate(word: str, root: Path) -> Path:
+    """The weights that `word` names: a path, or a run below `root` by its name, which stands for its last ones."""
+    path = Path(word).expanduser()
+    if path.exists() or os.sep in word:
+        return path
+    try:
+        return find_one(word, root)
+    except ValueError as error:
+        raise ValueError(f"weights: {word} does not exist, and names no run: {error}") from None
+
+
+def open_source(path: Path, average: bool | None, after: After | None) -> Source:
+    """The weights at `path`; those of a run that is not done are still to come, for a job that waits for it.
+
+    Raises ValueError for a run that nobody waits for, and for whatever `find_source` does.
+    """
+    if not is_run(path) or read_state(path).done:
+        return find_source(path, average)
+    if after is None or after.run.resolve() != path.resolve():
+        raise ValueError(
+            f"weights: {path.name} is not done, and writes its last weights then; expected cluster=<name> "
+            f"after={path.name}, or a folder like weights/step_00002000 of it"
+        )
+    return planned_source(path, average)
 
 
 def here(
@@ -165,7 +200,7 @@ def as_job(plan: GeneratePlan, command: list[str], following: bool) -> Callable[
         open_folder(plan.folder, plan.config, command, CHECKOUT, inputs_of(plan.config))
 
     def run() -> int:
-        code = start(plan.config, plan.folder, prepare, following)
+        code = start(waiting(plan.config, plan.after), plan.folder, prepare, following)
         if read_state(plan.folder).done:
             print(f"pictures: {plan.folder / 'samples'}" + (f", {plan.folder / GRID}" if plan.config.grid else ""))
         return code

@@ -16,16 +16,13 @@ from launch.rundir import hold, lock
 from tests.support import compose_for_test
 
 SQUEUE = """#!/bin/sh
-case "$*" in
-  *--name=*) echo 41 ;;
-  *) echo "PENDING||Priority" ;;
-esac
+echo '{job} |0 |PENDING |Priority | |N/A |{output} '
 """
 DIES = """
 import os, signal, sys
 from pathlib import Path
 from launch.journal import intend
-with intend(Path(sys.argv[1]), Path(sys.argv[2])):
+with intend(Path(sys.argv[1]), [*map(Path, sys.argv[2:])], array=len(sys.argv) > 3):
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -51,28 +48,27 @@ def records(runs: Path) -> list[dict[str, object]]:
     return [json.loads(path.read_text()) for path in (runs / FOLDER).glob("*.json")]
 
 
-def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, squeue: str, output: Path | None = None) -> None:
-    """Answers of Slurm's commands, word for word as Slurm 22.05 gives them."""
+def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: Path | None, job: str = "41") -> None:
+    """The answer of squeue, word for word as Slurm 22.05 gives it: one job that waits, or an empty queue."""
     (tmp_path / "bin").mkdir()
-    for name, text in (("squeue", squeue), ("scontrol", f"#!/bin/sh\necho '   StdOut={output}'\n")):
-        (tmp_path / "bin" / name).write_text(text)
-        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / "bin" / "squeue").write_text(SQUEUE.format(job=job, output=output) if output else "#!/bin/sh\n")
+    (tmp_path / "bin" / "squeue").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
 
 
 def test_a_submission_is_written_before_and_completed_after(folder: Path) -> None:
     runs = folder.parents[1]
-    with intend(runs, folder) as intent:
+    with intend(runs, [folder]) as intent:
         (open_one,) = (runs / FOLDER).iterdir()
-        assert json.loads(open_one.read_text())["folder"] == str(folder) and open_one.suffix == ".intent"
+        assert json.loads(open_one.read_text())["folders"] == [str(folder)] and open_one.suffix == ".intent"
         intent.complete("17")
     (record,) = records(runs)
-    assert (record["folder"], record["job"], record["pid"]) == (str(folder), "17", os.getpid())
+    assert (record["folders"], record["job"], record["pid"]) == ([str(folder)], "17", os.getpid())
     assert (folder / "slurm" / "job").read_text() == "17" and len(list((runs / FOLDER).iterdir())) == 1
 
 
 def test_what_slurm_refuses_leaves_nothing(folder: Path) -> None:
-    with intend(folder.parents[1], folder) as intent:
+    with intend(folder.parents[1], [folder]) as intent:
         intent.refused()
     assert list((folder.parents[1] / FOLDER).iterdir()) == [] and not (folder / "slurm" / "job").exists()
 
@@ -83,7 +79,7 @@ def test_the_job_of_a_dead_submitter_is_adopted(
     runs = folder.parents[1]
     (folder / "slurm" / "0123abcd.pkl").write_text("the job")
     (folder / "slurm" / "40_submitted.pkl").write_text("an earlier job")
-    queue(tmp_path, monkeypatch, SQUEUE, folder / "slurm" / "41.out")
+    queue(tmp_path, monkeypatch, folder / "slurm" / "41.out")
     assert pending(runs, folder) and not pending(runs, folder.with_name("another"))
     assert settle(runs) == [(folder, "41")]
     assert (folder / "slurm" / "job").read_text() == "41" and not abandoned.exists()
@@ -92,10 +88,25 @@ def test_the_job_of_a_dead_submitter_is_adopted(
     assert settle(runs) == [] and not pending(runs, folder)
 
 
+def test_the_array_of_a_dead_submitter_is_adopted_by_any_of_its_elements(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs, other = folder.parents[1], folder.with_name("i2i-5e6f7a8b")
+    (other / "slurm").mkdir(parents=True)
+    assert subprocess.run([sys.executable, "-c", DIES, runs, folder, other], timeout=60).returncode == -9
+    sweep = folder.with_name(".sweep-0001")
+    sweep.mkdir()
+    (sweep / "1").symlink_to(f"../{other.name}")
+    queue(tmp_path, monkeypatch, sweep / "%a" / "slurm" / "%A_%a.out", "41_1")
+    assert pending(runs, folder) and pending(runs, other)
+    assert settle(runs) == [(folder, "41_0"), (other, "41_1")] and not pending(runs, other)
+    assert [(run / "slurm" / "job").read_text() for run in (folder, other)] == ["41_0", "41_1"]
+
+
 def test_the_job_of_another_run_of_that_name_is_not_adopted(
     folder: Path, abandoned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    queue(tmp_path, monkeypatch, SQUEUE, tmp_path / "elsewhere" / "i2i-1a2b3c4d" / "slurm" / "41.out")
+    queue(tmp_path, monkeypatch, tmp_path / "elsewhere" / "i2i-1a2b3c4d" / "slurm" / "41.out")
     assert settle(folder.parents[1]) == [] and abandoned.exists()
 
 
@@ -104,7 +115,7 @@ def test_a_submission_without_a_job_is_closed_when_none_can_come(
 ) -> None:
     """sbatch outlives the process that called it, so at first its job may still come."""
     runs = folder.parents[1]
-    queue(tmp_path, monkeypatch, "#!/bin/sh\n")
+    queue(tmp_path, monkeypatch, None)
     assert settle(runs) == [] and abandoned.exists() and pending(runs, folder)
     then = time.time() - IN_FLIGHT_SECONDS - 1
     os.utime(abandoned, (then, then))
@@ -127,7 +138,7 @@ def test_an_intent_settled_between_two_looks_is_none(
         abandoned.unlink()
         return lock(file)
 
-    queue(tmp_path, monkeypatch, "#!/bin/sh\n")
+    queue(tmp_path, monkeypatch, None)
     monkeypatch.setattr(journal, "lock", late)
     assert settle(folder.parents[1]) == []
 
@@ -147,7 +158,7 @@ def test_a_submission_without_an_answer_is_not_forgotten(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     said: str, code: int, open_intents: int,
 ) -> None:  # fmt: skip
-    queue(tmp_path, monkeypatch, SQUEUE, folder / "slurm" / "41.out")
+    queue(tmp_path, monkeypatch, folder / "slurm" / "41.out")
     for name, text in (("srun", ""), ("sbatch", f'cat <<"."\n{said}\n.\ncat >&2 <<"."\nsbatch: error: {said}\n.\n')):
         (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{text}exit {code}\n")
         (tmp_path / "bin" / name).chmod(0o755)
@@ -163,8 +174,8 @@ def test_a_submission_without_an_answer_is_not_forgotten(
 
 
 def test_a_living_submitter_is_left_alone(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    queue(tmp_path, monkeypatch, SQUEUE, folder / "slurm" / "41.out")
-    with intend(folder.parents[1], folder) as intent:
+    queue(tmp_path, monkeypatch, folder / "slurm" / "41.out")
+    with intend(folder.parents[1], [folder]) as intent:
         assert settle(folder.parents[1]) == [] and intent.path.exists()
         intent.refused()
 

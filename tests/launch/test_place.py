@@ -18,6 +18,8 @@ TASK = {
 def test_srun_tells_the_place() -> None:
     assert slurm_place(TASK) == Place("12.0", node=2, nodes=4, task=1, tasks=2, step="1")
     assert slurm_place({**TASK, "SLURM_RESTART_COUNT": "3"}).job == "12.3"
+    element = {**TASK, "SLURM_ARRAY_JOB_ID": "11", "SLURM_ARRAY_TASK_ID": "4"}
+    assert slurm_place(element).job == "11_4.0"
     assert not slurm_place(TASK).first and slurm_place({**TASK, "SLURM_NODEID": "0", "SLURM_LOCALID": "0"}).first
     with pytest.raises(ValueError, match="no task of a Slurm job"):
         slurm_place({"SLURM_JOB_ID": "12"})

@@ -185,6 +185,7 @@ def test_an_element_of_an_array_is_requeued_without_the_others(
 ) -> None:
     """The last element's own id is that of the whole array."""
     folder, _ = ended("terminate")
+    attempts.amend(folder, 1, job="2_7.0")
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "2")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "7")
     asked = tools(scontrol=WORDS["to make room"])

@@ -1,0 +1,78 @@
+"""A sweep as one job array of a real Slurm, and a job that waits for another."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch import attempts, squeue
+from launch.cli import main
+from launch.rundir import read_state
+from launch.runs import find_one
+from tests.slurm.conftest import Cluster, wait_until
+from tests.slurm.test_train import SHAPE
+from tests.support import ROOT
+
+pytestmark = [pytest.mark.slow, pytest.mark.slurm]
+QUICK = ("validate.every=null", "validate.samples=0", "validate.from_split=0", "mesh=auto", "ema.decay=null")
+
+
+@pytest.fixture
+def runs(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of this test's runs, which commands of this process see, too."""
+    monkeypatch.setenv("SLURM_CONF", cluster.env["SLURM_CONF"])
+    monkeypatch.setenv("SYNTHOS_RUNS", str(tmp_path))
+    return tmp_path
+
+
+def command(cluster: Cluster, runs: Path, verb: str, *words: str) -> str:
+    """What a `synthos` command prints that a user of the cluster gives."""
+    line = [sys.executable, "-m", "launch.cli", verb, *words, f"runs_dir={runs}", f"cache_dir={runs / 'cache'}"]
+    done = subprocess.run(line, cwd=ROOT, env=cluster.env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_an_array_leaves_out_what_is_done_and_an_element_is_requeued_alone(cluster: Cluster, runs: Path) -> None:
+    same = (*SHAPE, *QUICK, "group=tries", "wandb.mode=offline")
+    command(cluster, runs, "submit", *same, "optim.steps=1", "cluster=local", "cluster.device=cpu")
+    (done,) = (runs / "tries").glob("[!.]*")
+    said = command(cluster, runs, "submit", *same, "optim.steps=1,300,2", "cluster=practice", "array_parallelism=1")
+    assert f"optim.steps=1: {done.name} is done" in said
+    job = re.findall(r"submitted job array (\d+) of 2 points, 1 at a time", said)[0]
+    long, short = find_one(f"{job}_0"), find_one(f"{job}_1")
+
+    def waits(run: Path) -> bool:
+        (own,) = squeue.jobs_of([long, short]).of(run)
+        return own.pending
+
+    wait_until(lambda: (long / "metrics.jsonl").exists(), "a step of the first element")
+    assert waits(short) and not waits(long)
+    again = command(cluster, runs, "submit", *same, "optim.steps=1,300,2", "cluster=practice")
+    assert f"{long.name} has job {job}_0 already" in again and f"{short.name} has job {job}_1 already" in again
+    cluster.run("scontrol", "requeue", f"{job}_0")
+    wait_until(lambda: waits(long), "the requeue")
+    cluster.run("scontrol", "update", f"JobId={job}_0", "StartTime=now")  # else it would wait for two minutes
+    wait_until(lambda: read_state(long).done and read_state(short).done, "the end of both", 120)
+    jobs = [[record["job"] for record in attempts.records(run)] for run in (long, short)]
+    assert jobs == [[f"{job}_0.0", f"{job}_0.1"], [f"{job}_1.0"]]
+    first, second = attempts.records(long)
+    assert first["cause"] == "requeued" and second["checkpoint_in"] == first["checkpoint_out"] > 0
+    assert (long / "slurm" / f"{job}_0.out").is_file() and (short / "slurm" / f"{job}_1.out").is_file()
+    assert len({(run / "wandb" / "run_id").read_text() for run in (done, long, short)}) == 3
+    assert main(["status", "tries"]) == 0 and main(["logs", f"{job}_1"]) == 0
+
+
+def test_pictures_are_made_once_the_training_before_them_is_done(cluster: Cluster, runs: Path) -> None:
+    command(cluster, runs, "submit", *SHAPE, *QUICK, "name=first", "optim.steps=30", "cluster=practice")
+    given = ("weights=first", "prompt=red", "steps=2", "cluster=practice")
+    said = command(cluster, runs, "generate", *given, "after=first")
+    train, generation = find_one("first"), find_one("generate")
+    assert "once that is done\n" in said and not read_state(train).done
+    (own,) = squeue.jobs_of([generation]).of(generation)
+    assert own.reason == "Dependency"
+    wait_until(lambda: read_state(generation).done, "the pictures", 120)
+    assert read_state(train).done and len(list((generation / "samples").glob("*.png"))) == 1
+    assert "is done" in command(cluster, runs, "generate", *given)
