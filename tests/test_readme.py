@@ -16,6 +16,7 @@ from launch.check import value_problems
 from launch.cli import VERBS, find, split_verb
 from launch.commands import detailmaster
 from launch.compose import choices, compose, compose_generate
+from launch.points import compose_points
 from synthos.build import recipe_class, recipe_config
 from tests.support import ROOT
 
@@ -47,10 +48,11 @@ def test_command_is_understood(page: str, command: str, tmp_path: Path, monkeypa
         assert words[1:] == [".venv/bin/activate"]
     elif command in ("python -m venv .venv", ".venv/bin/pip install -c constraints.txt -e ."):
         assert (ROOT / "constraints.txt").is_file()  # the Makefile installs just so
-    elif words[:2] == ["python", "launch/submit.py"]:
+    elif words[:2] in (["python", "launch/submit.py"], ["synthos", "submit"]):
         monkeypatch.chdir(tmp_path)
-        config = compose([w.replace("recipe=<name>", "recipe=i2i") for w in words[2:]]).config
-        assert value_problems(config, recipe_class(config.recipe["name"]), recipe_config(config.recipe)) == []
+        for point in compose_points([w.replace("recipe=<name>", "recipe=i2i") for w in words[2:]]):
+            config = point.composed.config
+            assert value_problems(config, recipe_class(config.recipe["name"]), recipe_config(config.recipe)) == []
     elif words[:4] == ["python", "-m", "benchmarks.learning", "--experiment"]:
         assert compose([f"experiment={words[4]}"]).config.recipe["name"] in MEASURES and len(words) == 5
     elif words[:3] == ["synthos", "data", "write"]:
@@ -71,7 +73,8 @@ def test_command_is_understood(page: str, command: str, tmp_path: Path, monkeypa
         understood_by_its_verb(words[1:], monkeypatch)
     else:
         given = dict(w.split("=", 1) for w in words[2:])
-        group = Path(given["weights"]).parts[1]  # runs/<recipe or experiment>/...
+        folders = Path(given["weights"]).parts  # runs/<recipe or experiment>/...; or the name of a run of i2i
+        group = folders[1] if len(folders) > 1 else "i2i"
         recipe = next(recipe_class(name) for name in choices()["recipe"] if group.startswith(name))
         fields = request_fields(recipe)
         check_keys(given, fields)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pytest
 import yaml
 
-from launch.compose import Once
+from launch.compose import LAUNCHER, Once
 from synthos.schema import GenerateConfig, RunConfig
 from synthos.strict import dump, load, read_config, unknown, write_config
 
@@ -115,7 +115,7 @@ def test_what_is_frozen_reads_back_equal(tmp_path: Path) -> None:
 def test_run_yaml_and_the_dataclasses_list_the_same_keys() -> None:
     root = yaml.safe_load((CONFIGS / "run.yaml").read_text())
     groups = {key for entry in root.pop("defaults") if isinstance(entry, dict) for key in entry}
-    launcher_only = {"dry_run", "follow", "force", "hydra"}
+    launcher_only = {*LAUNCHER, "hydra"}
     assert groups | set(root) - launcher_only == {f.name for f in dataclasses.fields(RunConfig)}
     kinds = {f.name: f.type for f in dataclasses.fields(RunConfig)}
     for name, kind in kinds.items():
