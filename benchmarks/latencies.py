@@ -83,6 +83,9 @@ def commands(run: Victim, folder: Path, count: int, rounds: int) -> dict[str, li
     return {
         "dry run": clock([*submit, "dry_run=true"], run.environment, rounds),
         "submission": clock(submit, run.environment, rounds, lambda n: [f"seed={n}"]),
+        "submission of a sweep of 100 points": clock(
+            submit, run.environment, rounds, lambda n: [f"seed=range({100 * n},{100 * n + 100})"]
+        ),
         f"status of {count:,} runs": clock([SYNTHOS, "status"], many, rounds),
         f"ls of {count:,} runs": clock([SYNTHOS, "ls"], many, rounds),
     }
