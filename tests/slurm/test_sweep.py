@@ -39,7 +39,7 @@ def test_an_array_leaves_out_what_is_done_and_an_element_is_requeued_alone(clust
     same = (*SHAPE, *QUICK, "group=tries", "wandb.mode=offline")
     command(cluster, runs, "submit", *same, "optim.steps=1", "cluster=local", "cluster.device=cpu")
     (done,) = (runs / "tries").glob("[!.]*")
-    said = command(cluster, runs, "submit", *same, "optim.steps=1,300,2", "cluster=practice", "array_parallelism=1")
+    said = command(cluster, runs, "submit", *same, "optim.steps=1,200,2", "cluster=practice", "array_parallelism=1")
     assert f"optim.steps=1: {done.name} is done" in said
     job = re.findall(r"submitted job array (\d+) of 2 points, 1 at a time", said)[0]
     long, short = find_one(f"{job}_0"), find_one(f"{job}_1")
@@ -50,12 +50,12 @@ def test_an_array_leaves_out_what_is_done_and_an_element_is_requeued_alone(clust
 
     wait_until(lambda: (long / "metrics.jsonl").exists(), "a step of the first element")
     assert waits(short) and not waits(long)
-    again = command(cluster, runs, "submit", *same, "optim.steps=1,300,2", "cluster=practice")
+    again = command(cluster, runs, "submit", *same, "optim.steps=1,200,2", "cluster=practice")
     assert f"{long.name} has job {job}_0 already" in again and f"{short.name} has job {job}_1 already" in again
     cluster.run("scontrol", "requeue", f"{job}_0")
     wait_until(lambda: waits(long), "the requeue")
     cluster.run("scontrol", "update", f"JobId={job}_0", "StartTime=now")  # else it would wait for two minutes
-    wait_until(lambda: read_state(long).done and read_state(short).done, "the end of both", 120)
+    wait_until(lambda: read_state(long).done and read_state(short).done, "the end of both", 300)
     jobs = [[record["job"] for record in attempts.records(run)] for run in (long, short)]
     assert jobs == [[f"{job}_0.0", f"{job}_0.1"], [f"{job}_1.0"]]
     first, second = attempts.records(long)
@@ -73,6 +73,6 @@ def test_pictures_are_made_once_the_training_before_them_is_done(cluster: Cluste
     assert "once that is done\n" in said and not read_state(train).done
     (own,) = squeue.jobs_of([generation]).of(generation)
     assert own.reason == "Dependency"
-    wait_until(lambda: read_state(generation).done, "the pictures", 120)
+    wait_until(lambda: read_state(generation).done, "the pictures", 240)
     assert read_state(train).done and len(list((generation / "samples").glob("*.png"))) == 1
     assert "is done" in command(cluster, runs, "generate", *given)
