@@ -28,7 +28,6 @@ from benchmarks.faults import FAULTS, Victim
 from benchmarks.learning import ROOT, machine
 from launch.attempts import newest_record
 from launch.snapshot import git_facts
-from synthos.files import read_json
 
 PRACTICE = ROOT / "slurm" / "practice.sh"
 SHAPE = (
@@ -67,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(table(results))
     if args.out:
         args.out.write_text(json.dumps(results, indent=1) + "\n")
-    return 0 if all(same.values()) and audit["clean"] else 1
+    return 0 if all(same.values()) and audit["clean"] and audit["wandb_runs"] == 1 else 1
 
 
 @contextlib.contextmanager
@@ -158,11 +157,11 @@ def _digest(folder: Path, pattern: str) -> dict[str, str]:
 
 
 def audited(folder: Path) -> Row:
-    """The word of `synthos data audit`; and W&B's runs, by which the attempts were logged, of which there is one."""
+    """The word of `synthos data audit`; and W&B's runs that the attempts have logged to."""
     command = [str(Path(sys.executable).with_name("synthos")), "data", "audit", str(folder), "--json"]
     told = json.loads(subprocess.run(command, stdout=subprocess.PIPE, cwd=ROOT).stdout)
     kept = {key: told[key] for key in ("steps", "samples", "lost", "repeated", "unplanned", "clean") if key in told}
-    ids = {read_json(path).get("wandb") for path in (folder / "attempts").glob("*/attempt.json")}
+    ids = {path.name.rpartition("-")[2] for path in (folder / "wandb").glob("offline-run-*")}
     return {**kept, "wandb_runs": len(ids)}
 
 

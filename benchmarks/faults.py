@@ -82,8 +82,8 @@ class Victim:
             with suppress(OSError):  # it has just ended
                 words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
                 if {f"SLURM_JOB_ID={self.job}".encode(), f"SLURMD_NODENAME={node}".encode()} <= {*words}:
-                    found |= {pid, family[pid]}
-        return [pid for pid in found if pid in family and _may_be_killed(pid)]
+                    found |= {pid, family[pid]} if _is_step(family[pid]) else {pid}
+        return sorted(found)
 
     def wait(self, condition: Callable[[], object], what: str, seconds: float = 120) -> None:
         """Wait for the run, which is looked at four times a second. Raises TimeoutError, with what its job said."""
@@ -123,10 +123,10 @@ class Victim:
         return next((int(m["attempt/restart_step"]) for m in marks if m["attempt"] == number), sys.maxsize)
 
 
-def _may_be_killed(pid: int) -> bool:
-    """Whether it is no daemon of a node that goes on."""
+def _is_step(pid: int) -> bool:
+    """Whether it is Slurm's own process of a job step."""
     with suppress(OSError):
-        return Path(f"/proc/{pid}/comm").read_text().strip() not in ("slurmd", "slurmctld", "systemd", "init")
+        return Path(f"/proc/{pid}/comm").read_text().strip() == "slurmstepd"
     return False
 
 

@@ -7,14 +7,16 @@
 import itertools
 import json
 import os
+import re
 import resource
 import shutil
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, TypeVar
 
 from launch import backends, journal, render, slurm, squeue
 from launch.compose import CHECKOUT
@@ -24,14 +26,8 @@ from launch.start import HOLD_SECONDS, clear, settle
 from synthos.schema import JobConfig
 
 BACKENDS = ("submitit", "sbatch")
-OWN = (
-    "job-name",
-    "output",
-    "signal",
-    "exclude",
-    "requeue",
-    "no-requeue",
-)  # flags that are compared by another key or not
+# Flags of which an array has one of its own; and those that stand for cluster.requeue, which is compared by that key.
+OWN = ("job-name", "output", "signal", "exclude", "requeue", "no-requeue")
 KEYS = {**render.OWN_KEYS, "gres": "gpus_per_node"}
 Item = TypeVar("Item")
 
@@ -112,7 +108,8 @@ def submit(runs: Sequence[Run], parallelism: int | None) -> int:
             settle(runs_dir)
             under_way = squeue.jobs_of([run.folder for run in runs])
             free = [run.folder for run in runs if not under_way.of(run.folder)]
-            locks = {folder: stack.enter_context(hold(folder, HOLD_SECONDS)) for folder in free}
+            deadline = time.monotonic() + HOLD_SECONDS  # for all together
+            locks = {f: stack.enter_context(hold(f, max(0, deadline - time.monotonic()))) for f in free}
             # Before the queue is asked: where another command settles it meanwhile, the job is found there.
             cut_short = [folder for folder in free if journal.pending(runs_dir, folder)]
             queue = squeue.jobs_of([run.folder for run in runs])  # again: now nobody else can submit one
@@ -124,7 +121,7 @@ def submit(runs: Sequence[Run], parallelism: int | None) -> int:
                 run.prepare()
                 (run.folder / "slurm").mkdir(exist_ok=True)
                 (run.folder / "slurm" / "job.sh").write_text(render.job_file(run.config, run.folder))
-            return _submit(todo, parallelism) if todo else 0
+            return _submit(todo, locks, parallelism) if todo else 0
         except ValueError as error:  # the one fault of the user that only trying tells
             print(f"error: {error}", file=sys.stderr)
             return 2
@@ -150,7 +147,7 @@ def _is_to_start(run: Run, queue: squeue.Queue, held: bool) -> bool:
     return False
 
 
-def _submit(todo: Sequence[Run], parallelism: int | None) -> int:
+def _submit(todo: Sequence[Run], locks: Mapping[Path, IO[str] | None], parallelism: int | None) -> int:
     after, group = "", todo[0].folder.parent
     for part in _parts(todo):
         pairs = [(run.config, run.folder) for run in part]
@@ -165,14 +162,20 @@ def _submit(todo: Sequence[Run], parallelism: int | None) -> int:
             continue
         with journal.intend(Path(part[0].config.runs_dir), [run.folder for run in part], array=True) as intent:
             try:
-                job = slurm.order(order, render.clean(cluster, os.environ)).split(";")[0]
+                answer = slurm.order(order, render.clean(cluster, os.environ))
             except RuntimeError as error:
                 if backends.UNANSWERED.search(str(error)) or "did not answer" in str(error):
                     raise RuntimeError(f"{error}; {journal.WAIT}") from None
                 intent.refused()
                 shutil.rmtree(folder)
                 raise
+            if not re.fullmatch(r"\d+(;\S+)?", answer):  # a site's own words; the array may be in the queue
+                raise RuntimeError(f"sbatch answered {answer!r}; {journal.WAIT}")
+            job = answer.split(";")[0]
             intent.complete(job)
+        for run in part:  # its element may start while the next array is submitted
+            if lock := locks[run.folder]:
+                lock.close()
         at_a_time = f", {parallelism} at a time" if parallelism else ""
         print(f"submitted job array {job} of {len(part)} points{at_a_time}: {folder}")
         after = job if parallelism else ""
@@ -197,8 +200,11 @@ def _largest() -> int | None:
 
 def _open(group: Path, runs: Sequence[Run]) -> Path:
     """A new folder of links to the runs, by element."""
-    folder = group / f".sweep-{_last(group) + 1:04d}"
-    folder.mkdir()
+    while True:
+        folder = group / f".sweep-{_last(group) + 1:04d}"
+        with suppress(FileExistsError):  # another sweep of the group has just taken it
+            folder.mkdir()
+            break
     for index, run in enumerate(runs):
         (folder / str(index)).symlink_to(os.path.relpath(run.folder, folder))
     points = [{"point": run.title, "folder": str(run.folder)} for run in runs]
@@ -207,7 +213,8 @@ def _open(group: Path, runs: Sequence[Run]) -> Path:
 
 
 def _last(group: Path) -> int:
-    return max((int(path.name.removeprefix(".sweep-")) for path in group.glob(".sweep-*")), default=0)
+    found = (re.fullmatch(r"\.sweep-(\d+)", path.name) for path in group.glob(".sweep-*"))
+    return max((int(match[1]) for match in found if match), default=0)
 
 
 def _allow_open_files(count: int) -> None:

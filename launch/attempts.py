@@ -41,6 +41,7 @@ def begin(folder: Path, command: list[str], checkout: Path = CHECKOUT, job: str 
     """
     _close_lost(folder, job)
     _account_for_requeue(folder, job)
+    (folder / "control" / "refused.json").unlink(missing_ok=True)  # by an agent that has seen no attempt of ours
     stop = folder / "control" / "stop"
     if stop.is_file() and not asked_to_stop(folder):
         stop.unlink()

@@ -56,12 +56,17 @@ def read_gpus(environment: Mapping[str, str]) -> list[Gpu] | None:
     raise RuntimeError(f"nvidia-smi fails: {said}")
 
 
-def gpu_faults(cluster: ClusterConfig, count: int, environment: Mapping[str, str]) -> list[str]:
-    """A line for each thing that keeps `count` ranks from this node's GPUs; none where the run needs no GPU."""
+def gpu_faults(
+    cluster: ClusterConfig, count: int, environment: Mapping[str, str], patience_seconds: float = RELEASE_SECONDS
+) -> list[str]:
+    """A line for each thing that keeps `count` ranks from this node's GPUs; none where the run needs no GPU.
+
+    Memory that an earlier job still holds is waited for.
+    """
     if cluster.device == "cpu":
         return []
     needed = cluster.device == "cuda" or cluster.gpu_flag is not None
-    deadline = time.monotonic() + RELEASE_SECONDS
+    deadline = time.monotonic() + patience_seconds
     while True:
         try:
             gpus = read_gpus(environment)

@@ -11,11 +11,21 @@ class Known:
 
     def __init__(self) -> None:
         self._answers: dict[tuple[str, str], Any] = {}
+        self._refusals: dict[tuple[str, str], ValueError] = {}
 
     def ask(self, question: str, of: object, answer: Callable[[], Answer]) -> Answer:
-        """The answer to a question about `of`, plain values or dataclasses of such, which is found but once."""
+        """The answer to a question about `of`, plain values or dataclasses of such, which is found but once.
+
+        Raises the ValueError that the answer was.
+        """
         key = (question, repr(of))
+        if key in self._refusals:
+            raise self._refusals[key]
         if key not in self._answers:
-            self._answers[key] = answer()
+            try:
+                self._answers[key] = answer()
+            except ValueError as error:
+                self._refusals[key] = error
+                raise
         found: Answer = self._answers[key]
         return found

@@ -16,7 +16,7 @@ from pathlib import Path
 from synthos.files import read_json, write_json
 
 SIOCGIFADDR = 0x8915  # man netdevice
-MEETING_SECONDS = 300  # a shared folder may show a new file late
+MEETING_SECONDS = 900  # longer than the first agent waits for the others, so that it is the one to judge
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import attempts, provenance, snapshot
-from launch.gpus import gpu_faults
+from launch.gpus import RELEASE_SECONDS, gpu_faults
 from launch.place import Meeting, Place, allowed_cores
 from synthos.files import read_json, write_json
 from synthos.run import arrivals, collective_file, write_verdict
@@ -103,7 +103,8 @@ def examine(folder: Path, config: JobConfig, place: Place, heard: float) -> Fact
         "python": machine["python"],
         "torch": machine["torch"],
         "cpus": allowed,
-        "faults": gpu_faults(config.cluster, config.gpus_per_node, os.environ),
+        # On a machine of its own nobody is about to leave.
+        "faults": gpu_faults(config.cluster, config.gpus_per_node, os.environ, RELEASE_SECONDS if place.job else 0),
         "warnings": few if allowed < asked else [],
     }
 
@@ -192,6 +193,16 @@ def _await(answer: Path, place: Place, signals: Sequence[Any]) -> Findings:
     return Findings(**{key: said[key] for key in Findings.__dataclass_fields__}) if said else Findings()
 
 
+def unseen(folder: Path, record: Mapping[str, Any]) -> list[str]:
+    """The nodes of an attempt that ended before they were compared, of which the folder shows nothing."""
+    number, names = record["attempt"], record["nodes"]
+    own = arrivals(folder, number)
+    if (attempts.attempt_folder(folder, number) / "preflight.json").exists() or not own.is_dir():
+        return []
+    absent = [name for index, name in enumerate(names) if not (own / f"node-{index}.json").exists()]
+    return _avoid(absent, len(names))
+
+
 def watch(folder: Path, config: JobConfig, place: Place, attempt: int) -> Callable[[], None] | None:
     """What the first agent looks after until all ranks have met; one rank meets nobody."""
     if not place.first or config.ranks == 1:
@@ -227,6 +238,11 @@ class Watch:
     together: float = math.inf
     over: bool = False
 
+    @property
+    def patience_seconds(self) -> int:
+        """With the first collective: every rank connects to every other."""
+        return COLLECTIVE_SECONDS * (1 + self.ranks * len(self.nodes) // 128)
+
     def look(self) -> None:
         """See how far they are; too late, it leaves the verdict of an attempt that has failed."""
         if self.over or read_json(collective_file(self.folder, self.attempt)):
@@ -237,13 +253,13 @@ class Watch:
         now = time.monotonic()
         if not late:
             self.together = min(self.together, now)
-        if now < (self.began + ARRIVAL_SECONDS if late else self.together + COLLECTIVE_SECONDS):
+        if now < (self.began + ARRIVAL_SECONDS if late else self.together + self.patience_seconds):
             return
         if late:
             few = ", ".join(f"{count} of {self.ranks} on {name}" for name, count in late.items())
             message, bad = f"ranks that came to the first collective: {few}", _avoid([*late], len(self.nodes))
         else:  # of several nodes, none can be told from the others
-            message = f"the first collective hung for {COLLECTIVE_SECONDS} s, after all ranks had come to it"
+            message = f"the first collective hung for {self.patience_seconds} s, after all ranks had come to it"
             bad = [*self.nodes] if len(self.nodes) == 1 else []
         write_verdict(self.folder, _failed(self.attempt, "preflight", message, bad))
         self.over = True

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from launch import attempts, render, slurm
+from launch import attempts, preflight, render, slurm
 from launch.decision import CRASHES, Decision, decide
 from launch.place import job_id, node_names
 from launch.rundir import hold, read_state
@@ -24,6 +24,7 @@ from synthos.schema import ClusterConfig, JobConfig, read_job
 ORPHAN_SECONDS = 600  # for ranks whose agent was killed: they save and end
 LIMIT_SLACK_SECONDS = 120  # Slurm's notice comes up to a minute early
 DECISION_SECONDS = 60  # before the limit, for what this module does: Slurm requeues no job that has reached it
+ASKED = ("stop", "interrupt")
 PAUSES_SECONDS = (5, 25)  # before a controller that is busy, or starts again, is asked once more
 
 Answer = TypeVar("Answer")
@@ -32,8 +33,8 @@ Answer = TypeVar("Answer")
 def main(folder: Path) -> int:
     """What comes after the attempt that this job has just run; returns the exit code of the batch script.
 
-    render.RESTART means another attempt in this allocation; 0 that the run is done, stopped or requeued; 1 that it
-    failed for good, or that Slurm would not start it again; 2 that the agents would begin none.
+    render.RESTART means another attempt in this allocation; 0 that the run is done, requeued, or was asked to stop; 1
+    that it ended before it was done, or that Slurm would not start it again; 2 that the agents would begin none.
     """
     config, start = read_job(folder / "config.yaml"), job_start(os.environ)
     record = attempts.newest_record(folder)
@@ -43,34 +44,37 @@ def main(folder: Path) -> int:
             print(f"error: the agents began no attempt of {folder}; see above", file=sys.stderr)
             _cancel_successor(folder, start)
             return 2
-        record = attempts.never_began(folder, start, node_names(os.environ))
-    orphaned = "ended" not in record
-    if orphaned:
+        try:
+            record = attempts.never_began(folder, start, node_names(os.environ))
+        except RuntimeError as error:  # Slurm has started again what has used up its budgets
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+    if "ended" not in record:
         end_orphans(folder)
         attempts.end(folder, record["attempt"])
-    decision = after(folder, config.cluster, start, orphaned)
+    decision = after(folder, config.cluster, start)
     if decision.decision == "restart":
         return render.RESTART
     record = attempts.newest_record(folder)
-    return int(record["next"]["decision"] == "end" and record["status"] == "failed" or "failed" in record["next"])
+    ended = record["next"]["decision"] == "end" and record["status"] != "done" and record["cause"] not in ASKED
+    return int(ended or "failed" in record["next"])
 
 
-def after(folder: Path, cluster: ClusterConfig, start: str = "", orphaned: bool = False) -> Decision:
+def after(folder: Path, cluster: ClusterConfig, start: str = "") -> Decision:
     """Decide what comes after the newest attempt, which is closed, write it into its record, and see to it.
 
     Args:
         folder: of the run.
         cluster: its budget, and how it requeues.
         start: id and restart count of the job; empty where there is none.
-        orphaned: the attempt was left by its agents, which no signal explains.
     """
     job = _job() if start else None
-    decision = _decide(folder, cluster, job, bool(start), orphaned)
+    decision = _decide(folder, cluster, job, bool(start))
     if decision.decision == "restart" and decision.wait_seconds and _wait(decision.wait_seconds):
         if not start:  # no Slurm tells more of it
             write_json(folder / "control" / "stop", {"cause": "interrupt"})
         job = _job() if start else None
-        decision = _decide(folder, cluster, job, bool(start), orphaned=False)  # what the signal meant
+        decision = _decide(folder, cluster, job, bool(start))  # what the signal meant
     if start:
         _ask_slurm(folder, cluster, decision, start, job)
     return decision
@@ -85,11 +89,13 @@ def _job() -> slurm.Job | None:
         return None
 
 
-def _decide(folder: Path, cluster: ClusterConfig, job: slurm.Job | None, in_slurm: bool, orphaned: bool) -> Decision:
+def _decide(folder: Path, cluster: ClusterConfig, job: slurm.Job | None, in_slurm: bool) -> Decision:
     record = attempts.newest_record(folder)
     number, told = record["attempt"], read_cause(folder / "control" / "stop")
     left = _seconds_left(job, render.notice_seconds(cluster, render.save_seconds(folder)))
-    known = refine(record, job, left, orphaned, told) if job else {}
+    known = refine(record, job, left, told) if job else {}
+    if known.get("cause", record["cause"]) in CRASHES and (unseen := preflight.unseen(folder, record)):
+        known = {"cause": "preflight", "bad_nodes": unseen}
     attempts.amend(folder, number, **known)
     asked = told in ("stop", "interrupt")
     decision = decide(attempts.records(folder), cluster, datetime.now(UTC), asked, in_slurm, left)
@@ -122,13 +128,12 @@ def seconds_to_save(cluster: ClusterConfig, folder: Path) -> float:
     return (job.ends - datetime.now()).total_seconds() - min(DECISION_SECONDS, notice / 2)
 
 
-def refine(
-    record: Mapping[str, Any], job: slurm.Job, seconds_left: float, orphaned: bool, told: str = ""
-) -> dict[str, Any]:
+def refine(record: Mapping[str, Any], job: slurm.Job, seconds_left: float, told: str = "") -> dict[str, Any]:
     """What Slurm's word on the job makes of a record's cause, and which nodes failed; the ranks were `told` to stop.
 
     SIGTERM alone may be a cancellation, a preemption, or a requeue by somebody else, and each looks different: a job
     that is to make room has a PreemptTime; one that Slurm has requeued already has restarted once more than we know.
+    Where the job goes on it was srun's, which ends the other agents once one of them has failed.
     """
     cause = record["cause"]
     if record["status"] == "done" or cause in ("stop", "interrupt", "config"):
@@ -137,7 +142,7 @@ def refine(
     # A job that somebody cancels because a node hangs is not to come back.
     if (requeued or job.reason == "NodeDown") and (failed := slurm.down(record["nodes"])):
         return {"cause": "node_failure", "bad_nodes": failed}
-    if job.nodes is not None and job.nodes < len(record["nodes"]):  # what is left of it can run nothing
+    if not over and job.nodes is not None and job.nodes < len(record["nodes"]):  # what is left of it can run nothing
         return {"cause": "node_failure", "bad_nodes": slurm.down(record["nodes"])}
     if requeued:
         return {"cause": "requeued"}
@@ -151,9 +156,7 @@ def refine(
         return {"cause": "cancelled"}
     if cause == "notice":  # long before the limit: somebody sent it
         return {"cause": "drain"}
-    if cause == "terminate":
-        return {"cause": "killed" if orphaned else "cancelled"}
-    return {}
+    return {"cause": "killed"} if cause == "terminate" else {}
 
 
 def _requeued(job: slurm.Job | None, start: str) -> bool:

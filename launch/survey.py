@@ -58,22 +58,32 @@ def survey(config: RunConfig, recipe: Any, dry_run: bool, absent: Sequence[str] 
     return Survey(data, [*data.missing, *absent], notes)
 
 
-def space_problems(config: RunConfig, sizes: Sizes, folder: Path | None) -> list[str]:
-    """What the disk of `runs_dir` lacks for all checkpoints that a run ever has at once, beside those that it has.
+def space_problems(runs: Sequence[tuple[RunConfig, Sizes, Path | None]]) -> list[str]:
+    """What the disk of `runs_dir` lacks for all checkpoints that these runs ever have at once, beside those they have.
 
-    Of a quota the disk says nothing.
+    Of a quota the disk says nothing. Each run is told by its config, shapes and folder.
     """
-    runs_dir = Path(config.runs_dir).absolute()
+    if not runs:
+        return []
+    runs_dir = Path(runs[0][0].runs_dir).absolute()
     there = next(path for path in (runs_dir, *runs_dir.parents) if path.is_dir())
-    count = config.checkpoint.keep_last + config.checkpoint.keep_best + 1  # the next is whole before one is deleted
-    kept = sum(is_whole(path) for path in (folder / "checkpoints").glob("step_*")) if folder else 0
-    needed, free = max(count - kept, 1) * checkpoint_bytes(config, sizes), shutil.disk_usage(there).free
+    counts = [_checkpoints_to_come(config, folder) for config, _, folder in runs]
+    needed = sum(
+        count * checkpoint_bytes(config, sizes) for count, (config, sizes, _) in zip(counts, runs, strict=True)
+    )
+    free = shutil.disk_usage(there).free
     if needed <= free:
         return []
     return [
-        f"runs_dir: {readable(free)} are free in {runs_dir}, {readable(needed)} are needed for {max(count - kept, 1)} "
+        f"runs_dir: {readable(free)} are free in {runs_dir}, {readable(needed)} are needed for {sum(counts)} "
         "checkpoints; expected another runs_dir, or a smaller checkpoint.keep_last or keep_best"
     ]
+
+
+def _checkpoints_to_come(config: RunConfig, folder: Path | None) -> int:
+    count = config.checkpoint.keep_last + config.checkpoint.keep_best + 1  # the next is whole before one is deleted
+    kept = sum(is_whole(path) for path in (folder / "checkpoints").glob("step_*")) if folder else 0
+    return max(count - kept, 1)
 
 
 def write_built_in(config: RunConfig) -> None:

@@ -14,8 +14,10 @@ from launch.plan import UNKNOWN, UNKNOWN_SIG8, Plan, describe_state, page
 from launch.points import title
 from launch.rundir import run_folder
 from launch.start import start
+from launch.survey import space_problems
 from launch.tell import console, table, warn
 from synthos.schema import RunConfig
+from synthos.train.memory import Sizes
 
 SIGNALLED = (130, 143)  # exit codes after Ctrl-C and SIGTERM
 OWN_ROWS = ("run folder", "holds")  # of a plan, which differ from point to point
@@ -46,7 +48,9 @@ class Planned:
 
 
 def check(points: Sequence[Planned], parallelism: int | None) -> None:
-    """Raise ValueError, in one message, where two points are one experiment, or can't be elements of one array."""
+    """Raise ValueError, in one message, where two points are one experiment, can't be elements of one array, or would
+    together fill the disk.
+    """
     problems = list(_twins(points))
     backend = points[0].config.cluster.backend
     if parallelism and backend not in array.BACKENDS:
@@ -56,9 +60,16 @@ def check(points: Sequence[Planned], parallelism: int | None) -> None:
             f"array_parallelism: {parallelism} can't hold with cluster.requeue=chain, whose successors are jobs of "
             "their own; expected null, or cluster.requeue=scontrol or none"
         )
-    problems = problems or list(_differences(points))
+    problems = problems or [*_differences(points), *space_problems([*_to_come(points)])]
     if problems:
         raise ValueError("\n".join(dict.fromkeys(problems)))
+
+
+def _to_come(points: Sequence[Planned]) -> Iterator[tuple[RunConfig, Sizes, Path | None]]:
+    """The runs that will write checkpoints, in so far as their shapes are known."""
+    for plan in (point.plan for point in points):
+        if plan.sizes and not (plan.state and plan.state.done):
+            yield plan.config, plan.sizes, plan.folder
 
 
 def _differences(points: Sequence[Planned]) -> Iterator[str]:
@@ -147,6 +158,6 @@ def _run(point: Planned, prepare: Callable[[Plan], None]) -> int:
     """One point on this machine."""
     try:
         return start(point.config, point.folder, lambda: prepare(point.plan), False)
-    except Exception:  # cluster=debug raises what goes wrong in a run; the other points still have their turn
+    except (ValueError, RuntimeError, OSError):  # of a run with cluster=debug; the other points still have their turn
         traceback.print_exc(file=sys.stderr)
         return 1

@@ -119,7 +119,7 @@ def make_plan(
     folder = run_folder(config, _sig8(config, fingerprint, known), new) if fingerprint else None
     missing, notes = _ask_slurm(config, folder or run_folder(config, UNKNOWN_SIG8), known)
     state = read_state(folder) if folder else None
-    space = space_problems(config, sizes, folder) if sizes and not (state and state.done) else []
+    space = space_problems([(config, sizes, folder)]) if sizes and not (state and state.done) else []
     found = dataclasses.replace(found, missing=[*found.missing, *space, *missing], notes=[*found.notes, *notes])
     return Plan(
         config=config,

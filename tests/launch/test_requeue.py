@@ -26,15 +26,17 @@ from tests.support import compose_for_test
 RUNNING = (
     "JobId=2 JobName=x JobState=RUNNING Reason=None Dependency=(null) Requeue=1 Restarts=0 BatchFlag=1 "
     "RunTime=00:00:05 TimeLimit=365-00:00:00 StartTime=2026-11-27T16:38:40 EndTime=2027-11-27T16:38:40 "
-    "PreemptEligibleTime=2026-11-27T16:38:40 PreemptTime=None NodeList=node2"
+    "PreemptEligibleTime=2026-11-27T16:38:40 PreemptTime=None NodeList=node2 NumNodes=2"
 )
 SOON = (datetime.now() + timedelta(seconds=30)).isoformat(timespec="seconds")
 WORDS = {
     "as it runs": RUNNING,
     "near its limit": RUNNING.replace("2027-11-27T16:38:40", SOON),
     "to make room": RUNNING.replace("PreemptTime=None", "PreemptTime=2026-11-27T16:38:45"),
-    "cancelled": RUNNING.replace("RUNNING", "COMPLETING").replace("2027-11-27T16:38:40", SOON),
-    "beyond its limit": RUNNING.replace("JobState=RUNNING Reason=None", "JobState=COMPLETING Reason=TimeLimit"),
+    "cancelled": RUNNING.replace("RUNNING", "COMPLETING").replace("2027-11-27T16:38:40", SOON)
+    .replace("NumNodes=2", "NumNodes=1"),
+    "beyond its limit": RUNNING.replace("JobState=RUNNING Reason=None", "JobState=COMPLETING Reason=TimeLimit")
+    .replace("NumNodes=2", "NumNodes=1"),
     "requeued already": RUNNING.replace("RUNNING", "COMPLETING").replace("Restarts=0", "Restarts=1")
     .replace("EndTime=2027-11-27T16:38:40", "EndTime=Unknown").replace("PreemptTime=None ", ""),
 }  # fmt: skip
@@ -60,9 +62,9 @@ def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path
     return write
 
 
-def cause(record: dict[str, Any], orphaned: bool = False, told: str = "") -> str:
+def cause(record: dict[str, Any], told: str = "") -> str:
     job = slurm.show("2")
-    known = requeue.refine(record, job, requeue._seconds_left(job, 300), orphaned, told)
+    known = requeue.refine(record, job, requeue._seconds_left(job, 300), told)
     return str(known.get("cause", record["cause"]))
 
 
@@ -76,7 +78,7 @@ def cause(record: dict[str, Any], orphaned: bool = False, told: str = "") -> str
         ("near its limit", "notice", "time_limit"),
         ("beyond its limit", "terminate", "time_limit"),
         ("as it runs", "notice", "drain"),
-        ("as it runs", "terminate", "cancelled"),
+        ("as it runs", "terminate", "killed"),
         ("requeued already", "terminate", "requeued"),
         ("as it runs", "crash", "crash"),
         ("cancelled", "crash", "cancelled"),
@@ -93,7 +95,7 @@ def test_slurm_tells_what_a_signal_meant(tools: Callable[..., Path], said: str, 
 def test_a_node_that_is_down_is_named(tools: Callable[..., Path]) -> None:
     tools(scontrol=WORDS["requeued already"], sinfo="node1 mixed\nnode2 down*")
     record = {"status": "failed", "cause": "crash", "job": "2.0", "nodes": ["node1", "node2"]}
-    known = requeue.refine(record, slurm.show("2"), 300, False)
+    known = requeue.refine(record, slurm.show("2"), 300)
     assert known == {"cause": "node_failure", "bad_nodes": ["node2"]}
     tools(scontrol=WORDS["cancelled"].replace("Reason=None", "Reason=NodeDown"))  # no job that may be requeued
     assert cause(record) == "node_failure"
@@ -102,7 +104,7 @@ def test_a_node_that_is_down_is_named(tools: Callable[..., Path]) -> None:
 def test_an_allocation_that_has_lost_a_node_is_left(tools: Callable[..., Path], ended: Any) -> None:
     """Though the node is back, and the job still runs: srun would refuse to start anything in what is left."""
     folder, _ = ended("crash")
-    asked = tools(scontrol=WORDS["as it runs"] + " NumNodes=1", sinfo="node1 mixed\nnode2 idle")
+    asked = tools(scontrol=WORDS["as it runs"].replace("NumNodes=2", "NumNodes=1"), sinfo="node1 mixed\nnode2 idle")
     assert requeue.main(folder) == 0 and asked.read_text().splitlines()[-1] == "scontrol requeue 2"
     record = attempts.newest_record(folder)
     assert (record["cause"], record["next"]["decision"]) == ("node_failure", "requeue")
@@ -133,8 +135,28 @@ def test_ranks_may_save_until_a_minute_before_the_limit(tools: Callable[..., Pat
 
 
 def test_ranks_that_saved_after_their_agent_was_killed_go_on(tools: Callable[..., Path]) -> None:
+    """Or the agent of another node, which makes srun end this one."""
     tools(scontrol=WORDS["as it runs"])
-    assert cause({"status": "stopped", "cause": "terminate", "job": "2.0", "nodes": []}, orphaned=True) == "killed"
+    assert cause({"status": "stopped", "cause": "terminate", "job": "2.0", "nodes": []}) == "killed"
+
+
+def test_a_node_of_which_the_folder_shows_nothing_is_left_out(tools: Callable[..., Path], ended: Any) -> None:
+    """Its agent could not even begin, and srun ended the others before they had compared."""
+    folder, _ = ended("terminate")
+    (folder / "attempts" / "0001" / "preflight").mkdir()
+    (folder / "attempts" / "0001" / "preflight" / "node-0.json").write_text("{}")
+    tools(scontrol=WORDS["as it runs"])
+    assert requeue.main(folder) == 0
+    record = attempts.newest_record(folder)
+    assert (record["cause"], record["bad_nodes"], record["next"]["decision"]) == ("preflight", ["node2"], "requeue")
+
+
+@pytest.mark.parametrize(("cause", "code"), [("drain", 1), ("stop", 0)])
+def test_a_run_that_ends_undone_is_no_success(tools: Callable[..., Path], ended: Any, cause: str, code: int) -> None:
+    """What waits for its job (afterok) must not start; but for who stopped it the job has done what it should."""
+    folder, _ = ended(cause, "cluster.requeue=none")
+    tools(scontrol=WORDS["as it runs"])
+    assert requeue.main(folder) == code
 
 
 @pytest.fixture
@@ -257,7 +279,7 @@ def test_agents_that_could_not_be_started_are_started_again(tools: Callable[...,
     attempts.amend(folder, 1, checkpoint_out=5)
     config = read_job(folder / "config.yaml")
     write_config(replace(config, cluster=replace(config.cluster, backoff_seconds=(0,))), folder / "config.yaml")
-    tools(scontrol=WORDS["as it runs"])
+    tools(scontrol=WORDS["as it runs"].replace("NumNodes=2", ""))  # what it says of hostnames, too
     codes = []
     for number in (2, 3, 4):
         attempts.amend(folder, number - 1, job="2.0", next={"decision": "restart", "reason": ""})

@@ -131,10 +131,10 @@ def test_three_checkpoints_fit_on_the_disk_or_the_run_does_not_start(tmp_path: P
     shape = torch.Size([int(0.4 * free) // 12])
     sizes = Sizes({"all": [shape]}, [], [], [], {}, {}, {})
     assert checkpoint_bytes(config, sizes) == pytest.approx(0.4 * free, rel=1e-3)
-    (line,) = space_problems(config, sizes, None)
+    (line,) = space_problems([(config, sizes, None)])
     assert f" are free in {tmp_path}/new/runs, " in line and "are needed for 3 checkpoints" in line
     make_checkpoint(tmp_path, 5)
-    assert space_problems(config, sizes, tmp_path) == []
+    assert space_problems([(config, sizes, tmp_path)]) == []
     assert not (tmp_path / "new").exists()
 
 
