@@ -5,6 +5,7 @@ import dataclasses
 from pathlib import Path
 
 from launch.audit import Auditor, Findings, Wrong
+from launch.runs import find_one
 from synthos.data.commands.screen import SHOWN, new_parser, print_json, print_list, print_table, shown
 from synthos.schema import RunConfig, read_job
 
@@ -14,25 +15,24 @@ def main(arguments: list[str]) -> int:
     from synthos.build import recipe_class
 
     args = parser().parse_args(arguments)
-    config = read_job(args.run / "config.yaml")
+    run = find_one(args.run)
+    config = read_job(run / "config.yaml")
     if not isinstance(config, RunConfig):
-        raise ValueError(
-            f"{args.run}: its stage is {config.stage!r}, which consumes no samples; expected a training run"
-        )
-    auditor = Auditor(args.run, config, recipe_class(config.recipe["name"]).inputs)
+        raise ValueError(f"{run}: its stage is {config.stage!r}, which consumes no samples; expected a training run")
+    auditor = Auditor(run, config, recipe_class(config.recipe["name"]).inputs)
     found = auditor.findings
     for _ in shown(auditor.run(), "auditing", found.steps, args.json):
         pass
     if args.json:
         print_json(_as_json(found))
     else:
-        _print(found, args.run)
+        _print(found, run)
     return 0 if found.clean else 1
 
 
 def parser() -> argparse.ArgumentParser:
     made = new_parser("audit", __doc__, shards=False)
-    made.add_argument("run", type=Path, help="the run folder")
+    made.add_argument("run", help="by its name, signature or folder")
     return made
 
 

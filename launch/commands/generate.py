@@ -85,7 +85,7 @@ def locate(word: str, root: Path) -> Path:
     try:
         return find_one(word, root)
     except ValueError as error:
-        raise ValueError(f"weights: {word} does not exist, and names no run: {error}") from None
+        raise ValueError(f"weights: {word} does not exist, and as the name of a run: {error}") from None
 
 
 def open_source(path: Path, average: bool | None, after: After | None) -> Source:

@@ -34,6 +34,10 @@ def read_embeddings(path: Path) -> dict[str, NDArray[np.float32]]:
 
 
 def _read_npy(path: Path) -> NDArray[np.floating]:
+    with path.open("rb") as start:
+        magic = start.read(6)
+    if magic and not magic.startswith((b"\x93NUMPY", b"PK")):  # NumPy would take it for a pickle, and advise to read it
+        raise ValueError("is no .npy file")
     try:
         array = np.load(path, allow_pickle=False)
     except EOFError:

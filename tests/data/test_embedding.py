@@ -29,6 +29,7 @@ def test_what_holds_no_array_of_floats_is_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "object.npy", np.array([{}, 1], dtype=object), allow_pickle=True)
     (tmp_path / "broken.npy").write_bytes(b"\x93NUMPY")
     (tmp_path / "empty.npy").touch()
+    (tmp_path / "text.npy").write_text("1 2 3")
     save_file({"a": torch.ones(2), "b": torch.ones(2)}, tmp_path / "two.safetensors")
     save_file({"a": torch.arange(2)}, tmp_path / "whole.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(b"none")
@@ -38,6 +39,7 @@ def test_what_holds_no_array_of_floats_is_refused(tmp_path: Path) -> None:
         "object.npy": "Object arrays cannot be loaded",
         "broken.npy": "EOF",
         "empty.npy": "is empty",
+        "text.npy": "^is no .npy file$",
         "two.safetensors": "holds 2 tensors; expected one",
         "whole.safetensors": "holds torch.int64; expected floating-point numbers",
         "broken.safetensors": "is no whole safetensors file",

@@ -133,6 +133,11 @@ def run_folder(submit: Submit, tmp_path: Path) -> Path:
     return config.parent
 
 
+def test_a_run_is_audited_by_its_name(run_folder: Path, audit: Audit, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SYNTHOS_RUNS", str(run_folder.parents[1]))
+    assert audit(Path(run_folder.name)) == audit(run_folder)
+
+
 def test_a_real_run(run_folder: Path, audit: Audit, capsys: pytest.CaptureFixture[str], shards: Path) -> None:
     code, said = audit(run_folder)
     assert code == 0 and said["clean"] and counts(said) == (0, 0, 0)
