@@ -114,7 +114,8 @@ def test_no_rank_starts_where_a_node_is_not_seen(folder: Path, capsys: pytest.Ca
     assert agent.run(folder, place(2)) == 1  # it is told the same
 
 
-def test_who_is_told_to_stop_does_not_wait(folder: Path) -> None:
+def test_who_is_told_to_stop_does_not_wait(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "NODES_SECONDS", 10**6)
     assert fly(folder, signals=(15,)) == Findings()
 
 
