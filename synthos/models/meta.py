@@ -1,7 +1,6 @@
 """Modules of diffusers and transformers, built from their configs with parameters on the meta device."""
 
 import importlib
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,28 +30,11 @@ def to_meta(module: nn.Module) -> None:
 
 def find_class(name: str) -> Any:
     """A module class by the name that its config carries: ours, diffusers' or transformers'."""
-    with _unseen("boto3", "scipy"):
-        for package in ("synthos.models.patch", "diffusers", "transformers"):
-            found = getattr(importlib.import_module(package), name, None)
-            if found is not None:
-                return found
+    for package in ("synthos.models.patch", "diffusers", "transformers"):
+        found = getattr(importlib.import_module(package), name, None)
+        if found is not None:
+            return found
     raise ValueError(f"config.json names the class {name!r}, which neither diffusers nor transformers has")
-
-
-@contextmanager
-def _unseen(*packages: str) -> Iterator[None]:
-    """Let packages be found by no import inside, unless they are imported already.
-
-    accelerate imports boto3 where it is installed, and diffusers scipy.stats, for what nobody needs here: two of the
-    nine seconds that a rank needs to start.
-    """
-    hidden = {name: None for name in packages if name not in sys.modules}
-    sys.modules.update(hidden)  # type: ignore[arg-type]
-    try:
-        yield
-    finally:
-        for name in hidden:
-            del sys.modules[name]
 
 
 def construct(name: str, config: Mapping[str, Any], folder: Path | None = None) -> nn.Module:
