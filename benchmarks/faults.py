@@ -112,9 +112,22 @@ class Victim:
         return self.records()[number - 1]
 
     def starts_now(self, *more: str) -> None:
-        """Let the job start that Slurm has requeued."""
+        """Let the job start that Slurm has requeued.
+
+        Asked for again as long as it waits for its time: Slurm sets that once more when the job's last process is gone.
+        """
         self.wait(lambda: self.state() == "PENDING", "a requeue")
-        self.run("scontrol", "update", f"JobId={self.job}", "StartTime=now", *more)
+        if more:
+            self.run("scontrol", "update", f"JobId={self.job}", *more)
+
+        def goes() -> bool:
+            shown = self.run("scontrol", "show", "job", self.job)
+            if "JobState=PENDING Reason=BeginTime" in shown:
+                with suppress(RuntimeError):  # it has just started
+                    self.run("scontrol", "update", f"JobId={self.job}", "StartTime=now")
+            return "JobState=PENDING" not in shown
+
+        self.wait(goes, "a start")
 
     def _begun(self, number: int) -> int:
         """The step that an attempt began with, which is known when it has restored its checkpoint."""

@@ -191,7 +191,7 @@ def test_same_command_says_done(finished: Finished) -> None:
         (("weights={w}", "out=x.png", "reference=absent.jpg"), ["absent.jpg"]),
         (("weights={w}", "out=x.png", "dtype=fp8"), ["fp8", "bf16", "fp32"]),
         (("weights={w}", "out=x.png", "prompt"), ["prompt", "key=value"]),
-        (("weights={w}/../..", "out=x.png"), ["synthos.json"]),
+        (("weights={w}/..", "out=x.png"), ["synthos.json"]),
     ],
 )
 def test_generate_explains_bad_input(

@@ -87,4 +87,4 @@ def megabytes(size: float) -> str:
 def _console() -> Console:
     """As wide as the terminal; a pipe or a file gets whole lines, and no markup is read in keys and captions."""
     console = Console(markup=False, highlight=False)
-    return console if console.is_terminal else Console(markup=False, highlight=False, width=160)
+    return console if console.is_terminal else Console(markup=False, highlight=False, width=10_000)
