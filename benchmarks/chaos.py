@@ -121,7 +121,7 @@ def torment(run: Victim, count: int, chance: random.Random) -> Iterator[Row]:
             "step": step,
             "attempts": len(run.records()) - attempt,
             "cause": before["cause"],
-            "next": before["next"]["decision"],
+            "next": before.get("next", {}).get("decision", ""),  # killed before it could say
             "goes_on_from": after["start_step"],
             "lost_steps": before["end_step"] - after["start_step"],
             "seconds": round(seconds, 1),

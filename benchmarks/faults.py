@@ -220,7 +220,6 @@ def drain(run: Victim) -> None:
 def cancelled(run: Victim) -> None:
     """Cancelled, and resumed by hand."""
     run.run("scancel", run.job)
-    run.ended(len(run.records()))
     run.wait(lambda: run.state() == "CANCELLED", "the end of its job")
     script = Path(sys.executable).with_name("synthos")
     said = run.run(script, "resume", run.folder).splitlines()[-1]

@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,9 @@ def judge(nodes: Mapping[int, Facts], absent: Sequence[str], scheduled: bool = T
     facts = [nodes[index] for index in sorted(nodes)]
     faults = {str(node["name"]): list(node["faults"]) for node in facts}
     warnings = [f"{node['name']}: {line}" for node in facts for line in node["warnings"]]
+    for node in facts:
+        if not node["code"] and any(other["code"] for other in facts):
+            faults[node["name"]].append("sees no code in the run folder")
     for name, seconds in _skews(facts):
         line = f"its clock is at least {abs(seconds):.0f} s {'ahead' if seconds > 0 else 'behind'}"
         if abs(seconds) > SKEW_SECONDS[1]:
@@ -135,10 +139,12 @@ def judge(nodes: Mapping[int, Facts], absent: Sequence[str], scheduled: bool = T
 
 
 def _skews(facts: Sequence[Facts]) -> Iterator[tuple[str, float]]:
-    """Clocks that differ from the first's; where most do, it is the first's that is wrong."""
+    """Clocks that differ from the first's; where most do, it is the first's that is wrong. Of two, either may be."""
     first, others = facts[0], facts[1:]
     wrong = [node for node in others if abs(node["ahead"]) > SKEW_SECONDS[0]]
-    if len(wrong) > 1 and 2 * len(wrong) > len(others):
+    if len(wrong) == len(others) == 1:
+        yield from ((first["name"], -wrong[0]["ahead"]), (wrong[0]["name"], wrong[0]["ahead"]))
+    elif len(wrong) > 1 and 2 * len(wrong) > len(others):
         yield first["name"], -sorted(node["ahead"] for node in wrong)[len(wrong) // 2]
     else:
         yield from ((node["name"], node["ahead"]) for node in wrong)
@@ -147,7 +153,7 @@ def _skews(facts: Sequence[Facts]) -> Iterator[tuple[str, float]]:
 def _differences(facts: Sequence[Facts]) -> Iterator[str]:
     for key in SAME:
         holders: dict[str, list[str]] = {}
-        for node in facts:
+        for node in filter(itemgetter(key), facts):
             holders.setdefault(str(node[key]), []).append(str(node["name"]))
         if len(holders) > 1:
             listed = ", ".join(f"{value[:12]} on {' and '.join(names)}" for value, names in holders.items())

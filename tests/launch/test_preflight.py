@@ -147,6 +147,8 @@ def test_clocks() -> None:
     assert found.passed and found.warnings == ["node3: its clock is at least 2 s behind"]
     found = judge(nodes(facts("node1"), facts("node2", 75.0), facts("node3", 76.0)), [])
     assert found.faults == {"node1": ["its clock is at least 76 s behind"]}
+    found = judge(nodes(facts("node1"), facts("node2", 75.0)), [])  # nobody can say which of them is wrong
+    assert not found.passed and [*found.faults] == ["node1", "node2"] and found.bad_nodes == []
 
 
 def test_what_differs_is_no_nodes_fault(folder: Path) -> None:
@@ -154,6 +156,8 @@ def test_what_differs_is_no_nodes_fault(folder: Path) -> None:
     assert found.differences == ["torch is not the same everywhere: 2.13.0 on node1 and node3, 2.12.1 on node2"]
     assert not found.passed and found.bad_nodes == []
     assert judge(nodes(facts("node1"), facts("node2", code="beef")), []).differences[0].startswith("code is not")
+    late = judge(nodes(facts("node1"), facts("node2", code="")), [])
+    assert not late.differences and late.faults == {"node2": ["sees no code in the run folder"]}
 
 
 def test_what_all_of_several_nodes_show_is_no_nodes_fault() -> None:
