@@ -29,7 +29,14 @@ from tests.support import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 # Stopped by the test, far from its last step; every fault finds a checkpoint that is newer than the one before.
-LONG = ("optim.steps=4000", "validate.every=null", "validate.samples=0", "validate.from_split=0", "checkpoint.every=5")
+LONG = (
+    "optim.steps=4000",
+    "wandb.mode=offline",
+    "validate.every=null",
+    "validate.samples=0",
+    "validate.from_split=0",
+    "checkpoint.every=5",
+)
 TWO_NODES = ("nodes=2", "gpus_per_node=1")
 ONE_NODE = ("nodes=1", "gpus_per_node=2")  # starts sooner
 # What each fault is called in the ledger, and what follows. On a slow machine KillWait is over before it is asked who
@@ -118,6 +125,8 @@ def test_a_run_goes_on_at_exactly_the_next_step(bench: Bench, backend: str, faul
     losses = run.losses()
     assert [step for step, _ in losses] == list(range(1, len(losses) + 1))
     assert losses == uninterrupted(bench, len(losses))[: len(losses)]
+    audit = chaos.audited(run.folder)
+    assert audit["clean"] and audit["steps"] == len(losses) and audit["wandb_runs"] == 1
 
 
 def ledger(records: list[dict[str, Any]], faults: list[str]) -> None:
@@ -175,6 +184,26 @@ def test_a_chain_goes_on_without_requeue_and_ends_with_the_run(bench: Bench) -> 
     assert all(after["start_step"] == before["end_step"] for before, after in zip(records, records[1:], strict=False))
     losses = run.losses()
     assert losses == uninterrupted(bench, len(losses))[: len(losses)]
+
+
+@pytest.mark.cluster
+def test_half_of_the_ranks_go_on_with_what_all_began(bench: Bench) -> None:
+    """Four ranks on two nodes, then two on one: the same samples, the same losses but for the order of sums."""
+    run = started(bench, "half", "nodes=2", "gpus_per_node=2", "batch.micro=2")
+    run.goes_on(1)
+    stop(run)
+    run.run(Path(sys.executable).with_name("synthos"), "resume", run.folder, "nodes=1")
+    run.job = (run.folder / "slurm" / "job").read_text()
+    run.goes_on(2, 20)
+    stop(run)
+    before, after = run.records()
+    assert (len(before["nodes"]), len(after["nodes"])) == (2, 1) and after["start_step"] == before["end_step"]
+    losses = run.losses()
+    whole = uninterrupted(bench, len(losses))[: len(losses)]
+    assert [step for step, _ in losses] == [step for step, _ in whole]
+    assert [loss for _, loss in losses] == pytest.approx([loss for _, loss in whole], rel=1e-3)
+    audit = chaos.audited(run.folder)
+    assert audit["clean"] and audit["steps"] == len(losses) and audit["wandb_runs"] == 1
 
 
 def test_a_save_that_is_slower_than_the_grace_is_warned_of(bench: Bench) -> None:

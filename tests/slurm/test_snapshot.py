@@ -84,12 +84,32 @@ def test_waiting_jobs_keep_their_trees(bench: Bench, tmp_path: Path) -> None:
         assert f"of {mark}" in output and "edited" not in output
 
 
-def test_a_job_whose_submitter_was_killed_is_adopted(bench: Bench, tmp_path: Path) -> None:
+@pytest.fixture
+def dying(bench: Bench, tmp_path: Path) -> Bench:
+    """Where a submitter is killed once Slurm has the job and before it is told so."""
     real = shutil.which("sbatch")
     (tmp_path / "sbatch").write_text(KILLER.format(real=real))
     (tmp_path / "sbatch").chmod(0o755)
     path = bench.cluster.env["PATH"]
-    dying = Bench(Cluster(bench.cluster.folder, {**bench.cluster.env, "PATH": f"{tmp_path}:{path}"}), bench.folder)
+    return Bench(Cluster(bench.cluster.folder, {**bench.cluster.env, "PATH": f"{tmp_path}:{path}"}), bench.folder)
+
+
+def test_an_array_whose_submitter_was_killed_is_adopted(bench: Bench, dying: Bench) -> None:
+    def listed() -> set[str]:
+        return {*bench.cluster.run("squeue", "--noheader", "--array", "--format=%i").stdout.split()}
+
+    before, points = listed(), (*ONE, "seed=1,2")
+    assert dying.submit("array", *points).returncode == -9
+    own = listed() - before
+    again = bench.submit("array", *points)
+    assert again.returncode == 0 and listed() - before == own and len(own) == 2, again.stderr
+    runs = [path.parent for path in (bench.folder / "array").glob("*/[!.]*/config.yaml")]
+    assert {(run / "slurm" / "job").read_text() for run in runs} == own
+    assert all(f"has job {job} already, PENDING" in again.stdout for job in own), again.stdout
+    bench.cluster.run("scancel", *own)
+
+
+def test_a_job_whose_submitter_was_killed_is_adopted(bench: Bench, dying: Bench) -> None:
     killed = dying.submit("killed", *ONE)
     assert killed.returncode == -9
     folder, runs = bench.run("killed"), bench.folder / "killed"

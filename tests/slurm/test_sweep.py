@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.chaos import compare
 from launch import attempts, squeue
 from launch.cli import main
 from launch.rundir import read_state
@@ -63,6 +64,10 @@ def test_an_array_leaves_out_what_is_done_and_an_element_is_requeued_alone(clust
     assert (long / "slurm" / f"{job}_0.out").is_file() and (short / "slurm" / f"{job}_1.out").is_file()
     assert len({(run / "wandb" / "run_id").read_text() for run in (done, long, short)}) == 3
     assert main(["status", "tries"]) == 0 and main(["logs", f"{job}_1"]) == 0
+    # The requeued one is the very run that nothing happens to.
+    command(cluster, runs / "alone", "submit", *same, "optim.steps=200", "cluster=local", "cluster.device=cpu")
+    (alone,) = (runs / "alone" / "tries").glob("[!.]*")
+    assert compare(long, alone) == dict.fromkeys(("losses", "checkpoint", "weights", "samples"), True)
 
 
 def test_pictures_are_made_once_the_training_before_them_is_done(cluster: Cluster, runs: Path) -> None:
