@@ -210,6 +210,8 @@ def hub_folder(name: str, revision: str | None = None) -> Path | None:
 
 
 def _hub_folder(part: str, spec: PartConfig) -> Path:
+    if Path(spec.path).is_absolute():
+        raise ValueError(f"model.parts.{part}: {spec.path!r} does not exist")
     folder = hub_folder(spec.path, spec.revision)
     if folder is None:
         only = f" --include '{spec.subfolder}/*'" if spec.subfolder else ""

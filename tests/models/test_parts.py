@@ -129,6 +129,11 @@ def test_a_hub_id_that_is_not_cached_says_what_to_run(tmp_path: Path, monkeypatc
     assert "model=tiny" in line
 
 
+def test_a_path_that_does_not_exist_is_no_hub_id(tmp_path: Path) -> None:
+    (line,) = missing(ModelConfig("mine", {"vae": PartConfig(str(tmp_path / "gone"))}))
+    assert line == f"model.parts.vae: '{tmp_path / 'gone'}' does not exist"
+
+
 @pytest.mark.parametrize(
     ("files", "absent"),
     [
