@@ -155,7 +155,7 @@ def test_every_fault(backend: str, tracking: str, tmp_path: Path, monkeypatch: p
         pytest.skip("there is no freezer here")
     monkeypatch.setenv("SYNTHOS_PRACTICE_PROCTRACK", tracking)
     out = tmp_path / "figures.json"
-    command = ["--faults", str(len(FAULTS)), "--steps", "1500", f"--backend={backend}", f"--out={out}"]
+    command = ["--faults", str(len(FAULTS)), "--steps", "400", f"--backend={backend}", f"--out={out}"]
     assert chaos.main(command) == 0
     figures = json.loads(out.read_text())
     assert figures["tracking"].startswith(tracking) and figures["audit"]["wandb_runs"] == 1
