@@ -94,8 +94,11 @@ class Victim:
             time.sleep(0.25)
 
     def said(self) -> str:
+        """The end of its job's output, and Slurm's word on it."""
         path = self.folder / "slurm" / f"{self.job}.out"
-        return path.read_text()[-3000:] if path.exists() else ""
+        log = self.practice / "log" / "slurmctld.log"
+        shown = self.run("scontrol", "show", "job", self.job)
+        return "\n".join([path.read_text()[-3000:] if path.exists() else "", shown, log.read_text()[-3000:]])
 
     def goes_on(self, number: int, steps: int = 7, seconds: float = 120) -> None:
         """Wait until an attempt of this number, or a later one, has gone so many steps beyond where it began."""
@@ -114,9 +117,12 @@ class Victim:
     def starts_now(self, *more: str) -> None:
         """Let the job start that Slurm has requeued.
 
-        Asked for again as long as it waits for its time: Slurm sets that once more when the job's last process is gone.
+        Two seconds later: nodes that were just told to forget the job refuse a start of the same second, and then Slurm
+        requeues it once more. Asked for as long as it waits for its time, which Slurm sets anew when its last process
+        is gone.
         """
         self.wait(lambda: self.state() == "PENDING", "a requeue")
+        time.sleep(2)
         if more:
             self.run("scontrol", "update", f"JobId={self.job}", *more)
 
