@@ -2,6 +2,7 @@
 
     python -m benchmarks.chaos                          on the practice Slurm; needs root, takes half an hour
     python -m benchmarks.chaos --faults 3 --steps 200   a taste
+    python -m benchmarks.chaos --show FILE ...          stored figures, side by side
 
 A small run on two nodes is hit again and again, each time some steps after it has gone on: the kinds are dealt like
 cards, equally often. It goes on by itself; only a job that was cancelled is resumed by a command. Then the same run is
@@ -49,7 +50,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of which fault comes when")
     parser.add_argument("--backend", choices=("submitit", "sbatch"), default="submitit")
     parser.add_argument("--out", type=Path, help="file for the figures")
+    parser.add_argument("--show", type=Path, nargs="+", help="files of figures to be shown; nothing is run")
     args = parser.parse_args(arguments)
+    if args.show:
+        print(matrix([json.loads(path.read_text()) for path in args.show]))
+        return 0
     with tempfile.TemporaryDirectory(prefix="synthos-", dir="/tmp") as name, practice(Path(name) / "slurm") as shell:
         folder = Path(name)
         run = begin(folder, args.steps, args.backend, shell)
@@ -167,18 +172,46 @@ def audited(folder: Path) -> Row:
 
 def table(results: dict[str, Any]) -> str:
     """For a README: the kinds with their cost, then what was compared."""
-    rows: list[Row] = results["faults"]
     lines = ["| fault | times | cause in the ledger | lost steps, most | seconds to go on: median, most |",
              "| --- | ---: | --- | ---: | ---: |"]  # fmt: skip
-    for name in dict.fromkeys(row["fault"] for row in sorted(rows, key=lambda row: str(row["fault"]))):
-        own = [row for row in rows if row["fault"] == name]
+    for name, own in by_kind(results):
         seconds = sorted(row["seconds"] for row in own)
-        causes = ", ".join(sorted({row["cause"] for row in own}))
         lost = max(row["lost_steps"] for row in own)
-        lines.append(f"| {name} | {len(own)} | {causes} | {lost} | {seconds[len(seconds) // 2]:g}, {seconds[-1]:g} |")
+        median = seconds[len(seconds) // 2]
+        lines.append(f"| {name} | {len(own)} | {causes(own)} | {lost} | {median:g}, {seconds[-1]:g} |")
+    return "\n".join([*lines, "", verdict(results)])
+
+
+def matrix(each: Sequence[dict[str, Any]]) -> str:
+    """The same side by side, a column for every way in which a job was started and found."""
+    titles = [f"{results['backend']}, {results['tracking'].split()[0]}" for results in each]
+    lines = [f"| fault: cause, lost steps, seconds to go on | {' | '.join(titles)} |", "| --- |" + " --- |" * len(each)]
+    columns = [dict(by_kind(results)) for results in each]
+    for name in sorted({name for column in columns for name in column}):
+        cells = [
+            f"{causes(own)}, {max(row['lost_steps'] for row in own)}, {max(row['seconds'] for row in own):g}"
+            if (own := column.get(name))
+            else ""
+            for column in columns
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    said = (f"- {title}: {verdict(results)}" for title, results in zip(titles, each, strict=True))
+    return "\n".join([*lines, "", *said])
+
+
+def by_kind(results: dict[str, Any]) -> list[tuple[str, list[Row]]]:
+    names = sorted({str(row["fault"]) for row in results["faults"]})
+    return [(name, [row for row in results["faults"] if row["fault"] == name]) for name in names]
+
+
+def causes(rows: Sequence[Row]) -> str:
+    return ", ".join(sorted({row["cause"] for row in rows}))
+
+
+def verdict(results: dict[str, Any]) -> str:
     same = ", ".join(f"{name} {'equal' if equal else '**differ**'}" for name, equal in results["same"].items())
     audit = ", ".join(f"{key} {value}" for key, value in results["audit"].items())
-    return "\n".join([*lines, "", f"{len(rows)} faults in {results['steps']} steps: {same}. Audit: {audit}."])
+    return f"{len(results['faults'])} faults in {results['steps']} steps: {same}. Audit: {audit}."
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.chaos import compare, table
+from benchmarks.chaos import compare, main, table
 
 
 def run(folder: Path, loss: float = 0.5, weights: bytes = b"w", seconds: float = 1.0) -> Path:
@@ -51,3 +51,18 @@ def test_the_table_adds_up_each_kind() -> None:
     said = table({"faults": rows, "steps": 70, "same": same, "audit": {"lost": 0}})
     assert "| drain | 1 | drain | 0 | 9, 9 |" in said and "| slow_save | 2 | preempted, requeued | 4 | 31, 31 |" in said
     assert said.endswith("3 faults in 70 steps: losses equal, weights **differ**. Audit: lost 0.")
+
+
+def test_stored_figures_stand_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = []
+    for number, (backend, fault) in enumerate((("submitit", "drain"), ("sbatch", "requeue"))):
+        row = {"fault": fault, "cause": "drain", "lost_steps": number, "seconds": 9.0}
+        about = {"backend": backend, "tracking": "cgroup (as the freezer is writable)", "steps": 7}
+        figures = {**about, "faults": [row], "same": {"losses": True}, "audit": {}}
+        files.append(tmp_path / f"{backend}.json")
+        files[-1].write_text(json.dumps(figures))
+    assert main(["--show", *map(str, files)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("| submitit, cgroup | sbatch, cgroup |")
+    assert lines[2:4] == ["| drain | drain, 0, 9 |  |", "| requeue |  | drain, 1, 9 |"]
+    assert lines[-1].startswith("- sbatch, cgroup: 1 faults in 7 steps: losses equal.")
