@@ -52,7 +52,7 @@ CAUSES = {
     "drain": ("drain", "requeue"),
     "cancelled": ("cancelled|terminate", "end|"),
     "rank_killed": ("crash|killed", "restart"),
-    "agent_killed": ("killed", "restart"),
+    "agent_killed": ("crash|killed", "restart"),
 }
 
 
