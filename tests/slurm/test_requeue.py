@@ -23,6 +23,7 @@ from benchmarks.faults import (
     rank_killed,
     time_limit,
 )
+from tests import wandb_file
 from tests.slurm.conftest import Cluster, wait_until
 from tests.slurm.test_train import SHAPE, Bench, submitted
 from tests.support import ROOT
@@ -127,6 +128,17 @@ def test_a_run_goes_on_at_exactly_the_next_step(bench: Bench, backend: str, faul
     assert losses == uninterrupted(bench, len(losses))[: len(losses)]
     audit = chaos.audited(run.folder)
     assert audit["clean"] and audit["steps"] == len(losses) and audit["wandb_runs"] == 1
+    in_wandb(run.folder, dict(losses), starts)
+
+
+def in_wandb(folder: Path, losses: dict[int, float], starts: list[tuple[int, int]]) -> None:
+    """W&B was told the same, on our step axis and repeated steps alike, as far as who is killed can write it down."""
+    files = sorted((folder / "wandb").glob("offline-run-*/run-*.wandb"))
+    rows = [row for file in files for row in wandb_file.history(file)]
+    told = [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row]
+    assert {*told} <= {*losses.items()} and len({*told}) > len(losses) / 2
+    begun = [(row["attempt"], row["attempt/restart_step"]) for row in rows if "attempt/restart_step" in row]
+    assert len(files) == len(starts) and begun and [start for start in starts if start in begun] == begun
 
 
 def ledger(records: list[dict[str, Any]], faults: list[str]) -> None:
