@@ -58,21 +58,26 @@ def main(folder: Path) -> int:
 
     The first task refuses an allocation that is not the one the run's config asks for.
     """
+    first = True  # unless it is known to be another
     try:
-        config, place = read_job(folder / "config.yaml"), slurm_place(os.environ)
+        first = (place := slurm_place(os.environ)).first
+        config = read_job(folder / "config.yaml")
         snapshot.check_imported(folder)
-        if not place.first:
+        if not first:
             return int(run(folder, place) == 1)
         problems = allocation_problems(config, place, os.environ)
         if problems:
             raise ValueError("\n".join(problems))
+        if attempts.is_left_open(folder, place.job):  # by a node that Slurm misses, while its ranks may live on
+            requeue.end_orphans(folder)
         with hold(folder, LOCK_SECONDS) as lock:
             if lock is None:
                 raise ValueError(f"{folder} is running already")
             return int(run(folder, place, [lock.fileno()]) == 1)  # a run that was stopped is no failed job
-    except (ValueError, RuntimeError, TimeoutError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        attempts.refuse(folder, requeue.job_start(os.environ), str(error))
+        if first:  # else it is a fault of this node
+            attempts.refuse(folder, requeue.job_start(os.environ), str(error))
         return 2
 
 
@@ -128,7 +133,7 @@ def run(folder: Path, place: Place | None = None, keep_open: Sequence[int] = ())
     if place.first:
         return close(folder, meeting.attempt, log, LATE_SECONDS if process.returncode == 0 and not place.alone else 0)
     verdict = read_verdict(folder)  # torchrun returns 1 also where a signal ended it
-    return attempts.exit_code(verdict) if verdict.get("attempt") == meeting.attempt else process.returncode
+    return attempts.exit_code(verdict) if verdict.get("attempt") == meeting.attempt else int(process.returncode != 0)
 
 
 def meet(folder: Path, config: JobConfig, place: Place) -> tuple[Meeting, list[str]]:

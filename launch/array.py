@@ -71,12 +71,17 @@ def command(
         "job-name": folder.parent.name,
         "output": str(folder / "%a" / "slurm" / "%A_%a.out"),
         "array": f"0-{len(runs) - 1}" + (f"%{parallelism}" if parallelism else ""),
-        "signal": max((flags["signal"] for flags in every), key=lambda text: int(text.rpartition("@")[2])),
+        "signal": f"USR2@{_notice(runs)}",
     }
     flags["exclude"] = ",".join(excluded)
     flags["dependency"] = ",".join(filter(None, [flags.get("dependency"), after and f"afterany:{after}"]))
     given = [render.flag(key, value) for key, value in flags.items() if value or key not in ("exclude", "dependency")]
     return ["sbatch", "--parsable", *given, str(runs[0][1] / "code" / "slurm" / "train.sbatch"), str(folder)]
+
+
+def _notice(runs: Sequence[tuple[JobConfig, Path]]) -> int:
+    """The notice of an array: that of the run which needs the longest."""
+    return max(render.planned_notice(config, folder) for config, folder in runs)
 
 
 def describe(runs: Sequence[tuple[JobConfig, Path]], parallelism: int | None) -> str:
@@ -120,7 +125,6 @@ def submit(runs: Sequence[Run], parallelism: int | None) -> int:
                 clear(run.folder)
                 run.prepare()
                 (run.folder / "slurm").mkdir(exist_ok=True)
-                (run.folder / "slurm" / "job.sh").write_text(render.job_file(run.config, run.folder))
             return _submit(todo, locks, parallelism) if todo else 0
         except ValueError as error:  # the one fault of the user that only trying tells
             print(f"error: {error}", file=sys.stderr)
@@ -152,6 +156,9 @@ def _submit(todo: Sequence[Run], locks: Mapping[Path, IO[str] | None], paralleli
     for part in _parts(todo):
         pairs = [(run.config, run.folder) for run in part]
         folder = _open(group, part)
+        notice = _notice(pairs)
+        for config, run_dir in pairs:
+            (run_dir / "slurm" / "job.sh").write_text(render.job_file(config, run_dir, notice))
         order = command(pairs, folder, parallelism, after)
         cluster = part[0].config.cluster
         if cluster.backend == "sbatch":

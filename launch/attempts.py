@@ -42,9 +42,7 @@ def begin(folder: Path, command: list[str], checkout: Path = CHECKOUT, job: str 
     _close_lost(folder, job)
     _account_for_requeue(folder, job)
     (folder / "control" / "refused.json").unlink(missing_ok=True)  # by an agent that has seen no attempt of ours
-    stop = folder / "control" / "stop"
-    if stop.is_file() and not asked_to_stop(folder):
-        stop.unlink()
+    forget_signal(folder)
     state = read_state(folder)
     number = state.attempts + 1
     while not _claim(attempt_folder(folder, number)):
@@ -207,6 +205,19 @@ def newest_record(folder: Path) -> dict[str, Any]:
     """The record of the newest attempt, empty where there is none."""
     paths = sorted((folder / "attempts").glob("[0-9]*/attempt.json"))
     return read_json(paths[-1]) if paths else {}
+
+
+def forget_signal(folder: Path) -> None:
+    """Take back a wish to stop that was a signal's: what is written from now on is meant for the attempt to come."""
+    stop = folder / "control" / "stop"
+    if stop.is_file() and not asked_to_stop(folder):
+        stop.unlink()
+
+
+def is_left_open(folder: Path, job: str) -> bool:
+    """Whether an earlier start of a job, or the job that it follows, has left an attempt open."""
+    record = newest_record(folder)
+    return bool(record) and "ended" not in record and _follows(folder, record, job)
 
 
 def asked_to_stop(folder: Path) -> bool:

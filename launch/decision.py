@@ -126,7 +126,7 @@ def _advanced(record: Record, before: Record) -> bool:
     left, found = record.get("checkpoint_out"), record.get("checkpoint_in")
     if left is found is record.get("samples") is None:
         return (record.get("end_step") or 0) > (before.get("end_step") or 0)
-    return bool(left != found)
+    return (left or 0) > (found or 0)
 
 
 def _crashes(series: Sequence[Record], now: datetime) -> int:

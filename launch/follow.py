@@ -5,7 +5,7 @@ import sys
 import time
 from pathlib import Path
 
-from launch import attempts, render, slurm
+from launch import attempts, render, requeue, slurm
 from launch.rundir import read_state
 from launch.screen import Screen
 
@@ -25,8 +25,10 @@ def follow(folder: Path, job: str) -> int:
     if not record.get("job", "").startswith(f"{job}.") or verdict.get("attempt") != record["attempt"]:
         print(f"job {job} left the queue without a verdict; see {folder / 'slurm'}", file=sys.stderr)
         return 1
-    print(f"job {job}: {verdict['status']} at step {verdict['step']}")
-    return attempts.exit_code(verdict)
+    following = record.get("next", {})  # none where the job was killed before it could decide
+    why = f"; {following['decision']}: {following['reason']}" if following else ""
+    print(f"job {job}: {verdict['status']} at step {verdict['step']}{why}")
+    return attempts.exit_code(verdict) or int(bool(following) and requeue.is_undone(record))
 
 
 def _show(folder: Path, job: str) -> None:

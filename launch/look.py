@@ -13,11 +13,13 @@ from typing import Any
 
 from launch import squeue
 from launch.runs import is_held, signature
+from launch.tell import duration
 from synthos.run import failure_file
 from synthos.schema import GenerateConfig, RunConfig, read_job
 
 STALLED_SECONDS = 60.0  # without a heartbeat, or
 STALLED_STEPS = 3  # so many median steps, whatever is longer
+STARTING_SECONDS = 3600.0  # to the first step, with loading, restoring and a validation before it
 TAIL_BYTES = 2**16  # of metrics.jsonl: the newest steps
 CANCELLED = "cancelled.json"  # in control/: which job a person cancelled
 NO_PROGRESS = "no_progress"  # begins the reason of `launch.decision` for giving up
@@ -59,6 +61,11 @@ class Look:
     def alive(self) -> bool:
         """Whether it has a job or a process."""
         return self.state in ALIVE
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether more may come of it: also where Slurm can't be asked just now."""
+        return self.alive or self.state == "unknown"
 
     @property
     def wrong(self) -> bool:
@@ -130,10 +137,12 @@ class _Folder:
             again = f", again after attempt {self.attempt}" if self.attempt else ""
             return "queued", f"{self.job.reason}{again}"
         is_open = bool(self.record) and "ended" not in self.record
+        following = self.record.get("next", {})  # what the agent has decided to do after a closed attempt
+        if self.job and self.record.get("job") == self.job.start and following.get("decision") == "end":
+            return self._ended()  # the rest of its job may take long
         if self.job:
             current = is_open and self.record.get("job", "") == self.job.start
             return self._running() if current else ("starting", f"job {self.job.job} on {self.job.nodes}")
-        following = self.record.get("next", {})  # what the agent has decided to do after a closed attempt
         if (is_open or not self.record or following.get("decision") == "restart") and is_held(self.folder):
             return self._running() if is_open else ("starting", str(following.get("reason", "")))
         if self._unanswered(is_open):
@@ -169,7 +178,9 @@ class _Folder:
 
     def _running(self) -> tuple[str, str]:
         if self.beat.get("attempt") != self.attempt:
-            return "starting", f"no step of attempt {self.attempt} yet"
+            age = time.time() - datetime.fromisoformat(self.record["started"]).timestamp()
+            state = "starting" if age < STARTING_SECONDS else "stalled"
+            return state, f"no step of attempt {self.attempt} yet, {duration(age)} after its start"
         age = time.time() - self.beat["time"]
         save = 2 * (self.beat.get("save_seconds") or 0)  # two may have to be waited for
         if age > max(STALLED_SECONDS, save) and age > STALLED_STEPS * self._step_seconds():

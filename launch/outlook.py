@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from launch.render import seconds_to_save
 from launch.site import Partition, Site
 from launch.tell import duration
 
@@ -19,7 +20,7 @@ class Ending:
     Attributes:
         cause: time limit, preemption, cancel, node failure.
         signal: the first that arrives; empty where none does.
-        seconds: from there to SIGKILL, at least.
+        seconds: from there to SIGKILL, at least; at a time limit our agent kills, for a requeue takes time as well.
         then: what Slurm does with the job.
     """
 
@@ -44,9 +45,8 @@ def endings(site: Site, partition: Partition | None, notice_seconds: int, requeu
     """How jobs of a partition end that get SIGUSR2 so long before their limit, with a `cluster.requeue`."""
     again = AGAIN[requeue]
     wait = site.kill_wait_seconds
-    over = site.number("OverTimeLimit") or 0
     found = [
-        Ending("time limit", "SIGUSR2", notice_seconds + over * 60 + wait, again),
+        Ending("time limit", "SIGUSR2", int(seconds_to_save(notice_seconds)), again),
         Ending("cancel", "SIGTERM", wait, "Slurm ends the job"),
     ]
     if partition and preemptible(site, partition):

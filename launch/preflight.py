@@ -11,7 +11,6 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -121,9 +120,6 @@ def judge(nodes: Mapping[int, Facts], absent: Sequence[str], scheduled: bool = T
     facts = [nodes[index] for index in sorted(nodes)]
     faults = {str(node["name"]): list(node["faults"]) for node in facts}
     warnings = [f"{node['name']}: {line}" for node in facts for line in node["warnings"]]
-    for node in facts:
-        if not node["code"] and any(other["code"] for other in facts):
-            faults[node["name"]].append("sees no code in the run folder")
     for name, seconds in _skews(facts):
         line = f"its clock is at least {abs(seconds):.0f} s {'ahead' if seconds > 0 else 'behind'}"
         if abs(seconds) > SKEW_SECONDS[1]:
@@ -153,7 +149,7 @@ def _skews(facts: Sequence[Facts]) -> Iterator[tuple[str, float]]:
 def _differences(facts: Sequence[Facts]) -> Iterator[str]:
     for key in SAME:
         holders: dict[str, list[str]] = {}
-        for node in filter(itemgetter(key), facts):
+        for node in facts:
             holders.setdefault(str(node[key]), []).append(str(node["name"]))
         if len(holders) > 1:
             listed = ", ".join(f"{value[:12]} on {' and '.join(names)}" for value, names in holders.items())
@@ -200,10 +196,10 @@ def _await(answer: Path, place: Place, signals: Sequence[Any]) -> Findings:
 
 
 def unseen(folder: Path, record: Mapping[str, Any]) -> list[str]:
-    """The nodes of an attempt that ended before they were compared, of which the folder shows nothing."""
+    """The nodes of an attempt whose agents did not begin: of them the folder shows nothing."""
     number, names = record["attempt"], record["nodes"]
     own = arrivals(folder, number)
-    if (attempts.attempt_folder(folder, number) / "preflight.json").exists() or not own.is_dir():
+    if not own.is_dir():
         return []
     absent = [name for index, name in enumerate(names) if not (own / f"node-{index}.json").exists()]
     return _avoid(absent, len(names))

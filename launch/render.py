@@ -39,6 +39,8 @@ TRAVELS = """
     HF_HUB_CACHE HF_HUB_OFFLINE TORCH_HOME SSL_CERT_FILE SSL_CERT_DIR REQUESTS_CA_BUNDLE SLURM_CONF
 """
 NOTICE_SECONDS = 300  # at least: who sets less knows the site
+DECISION_SECONDS = 60  # before the limit, for launch.requeue: Slurm requeues no job that has reached it
+NOTICE = "SYNTHOS_NOTICE_SECONDS"  # which this job was submitted with: its run may have been measured anew since
 RESTART = 75  # exit code of launch.requeue: once more, in this allocation; EX_TEMPFAIL of sysexits.h
 NOTHING_LEFT = 3  # of launch.requeue --chain
 ATTEMPTS = """
@@ -73,7 +75,7 @@ def flags(config: JobConfig, folder: Path) -> Flags:
         "cpus-per-task": str(cpus) if (cpus := cpus_per_task(config)) else None,
         "mem": cluster.mem,
         "time": cluster.time,
-        "signal": f"USR2@{notice_seconds(cluster, save_seconds(folder))}",
+        "signal": f"USR2@{planned_notice(config, folder)}",
         # By it Slurm itself starts a job again after a failed node; a successor would be a second one.
         "requeue" if cluster.requeue == "scontrol" else "no-requeue": "",
         "chdir": str(CHECKOUT),
@@ -89,6 +91,16 @@ def excluded(cluster: ClusterConfig, folder: Path) -> str | None:
     """The nodes that a job may not get: those of the config, and those that failed under the run too often."""
     records = [read_json(path) for path in (folder / "attempts").glob("[0-9]*/attempt.json")]
     return ",".join(filter(None, [_text(cluster.sbatch.get("exclude")), *bad_nodes(records)])) or None
+
+
+def planned_notice(config: JobConfig, folder: Path) -> int:
+    """The notice that a job of a run folder is submitted with."""
+    return notice_seconds(config.cluster, save_seconds(folder))
+
+
+def seconds_to_save(notice: float) -> float:
+    """How long ranks may go on after a notice: what follows needs the rest of the time before the limit."""
+    return notice - min(DECISION_SECONDS, notice / 2)
 
 
 def notice_seconds(cluster: ClusterConfig, save: float | None = None) -> int:
@@ -155,11 +167,12 @@ def batch_script(config: JobConfig, folder: Path) -> str:
     return "\n".join(["#!/bin/bash", *lines, "", "set -eo pipefail", *config.cluster.setup, *run])
 
 
-def attempts(config: JobConfig, folder: Path) -> list[str]:
+def attempts(config: JobConfig, folder: Path, notice: int | None = None) -> list[str]:
     """The shell function that runs its arguments, srun and its command, once for each attempt of this allocation."""
+    told = f"export {NOTICE}={planned_notice(config, folder) if notice is None else notice}"
     code, run = shlex.join([python(config.cluster), "-m", "launch.requeue"]), shlex.quote(str(folder))
     chain = [CHAIN.format(code=code, run=run, nothing_left=NOTHING_LEFT)] if config.cluster.requeue == "chain" else []
-    return ["", *chain, ATTEMPTS.format(code=code, run=run, again=RESTART).strip(), ""]
+    return ["", told, *chain, ATTEMPTS.format(code=code, run=run, again=RESTART).strip(), ""]
 
 
 def sbatch_line(config: JobConfig, folder: Path, environment: Mapping[str, str]) -> str:
@@ -185,12 +198,15 @@ def enter(folder: Path) -> list[str]:
     return [f"cd {code}", f'export PYTHONPATH={code}"${{PYTHONPATH:+:$PYTHONPATH}}"']
 
 
-def job_file(config: JobConfig, folder: Path) -> str:
-    """What `slurm/train.sbatch` reads in the run folder: set-up lines, srun's flags, interpreter, cores, `attempts`."""
+def job_file(config: JobConfig, folder: Path, notice: int | None = None) -> str:
+    """What `slurm/train.sbatch` reads in the run folder: set-up lines, srun's flags, interpreter, cores, `attempts`.
+
+    `notice` is that of the job's submission, where it is not the run's own.
+    """
     cluster = config.cluster
     lines = [f"cd {shlex.quote(str(CHECKOUT))}", *cluster.setup, f"SRUN=({shlex.join(srun(config))})"]
     values = [f"PYTHON={shlex.quote(python(cluster))}", f"CPUS={cpus_per_task(config) or ''}"]
-    return "\n".join([*lines, *enter(folder), *values, *attempts(config, folder)])
+    return "\n".join([*lines, *enter(folder), *values, *attempts(config, folder, notice)])
 
 
 def srun(config: JobConfig) -> list[str]:

@@ -23,7 +23,6 @@ from synthos.schema import ClusterConfig, JobConfig, read_job
 
 ORPHAN_SECONDS = 600  # for ranks whose agent was killed: they save and end
 LIMIT_SLACK_SECONDS = 120  # Slurm's notice comes up to a minute early
-DECISION_SECONDS = 60  # before the limit, for what this module does: Slurm requeues no job that has reached it
 ASKED = ("stop", "interrupt")
 PAUSES_SECONDS = (5, 25)  # before a controller that is busy, or starts again, is asked once more
 
@@ -55,9 +54,13 @@ def main(folder: Path) -> int:
     decision = after(folder, config.cluster, start)
     if decision.decision == "restart":
         return render.RESTART
-    record = attempts.newest_record(folder)
+    return int(is_undone(attempts.newest_record(folder)))
+
+
+def is_undone(record: Mapping[str, Any]) -> bool:
+    """Whether a run has ended with this attempt, on which it was decided, and nobody wanted that."""
     ended = record["next"]["decision"] == "end" and record["status"] != "done" and record["cause"] not in ASKED
-    return int(ended or "failed" in record["next"])
+    return ended or "failed" in record["next"]
 
 
 def after(folder: Path, cluster: ClusterConfig, start: str = "") -> Decision:
@@ -75,6 +78,8 @@ def after(folder: Path, cluster: ClusterConfig, start: str = "") -> Decision:
             write_json(folder / "control" / "stop", {"cause": "interrupt"})
         job = _job() if start else None
         decision = _decide(folder, cluster, job, bool(start))  # what the signal meant
+    if decision.decision != "end":
+        attempts.forget_signal(folder)
     if start:
         _ask_slurm(folder, cluster, decision, start, job)
     return decision
@@ -92,7 +97,7 @@ def _job() -> slurm.Job | None:
 def _decide(folder: Path, cluster: ClusterConfig, job: slurm.Job | None, in_slurm: bool) -> Decision:
     record = attempts.newest_record(folder)
     number, told = record["attempt"], read_cause(folder / "control" / "stop")
-    left = _seconds_left(job, render.notice_seconds(cluster, render.save_seconds(folder)))
+    left = _seconds_left(job, _notice_seconds(folder, cluster))
     known = refine(record, job, left, told) if job else {}
     if known.get("cause", record["cause"]) in CRASHES and (unseen := preflight.unseen(folder, record)):
         known = {"cause": "preflight", "bad_nodes": unseen}
@@ -104,6 +109,12 @@ def _decide(folder: Path, cluster: ClusterConfig, job: slurm.Job | None, in_slur
     cause = known.get("cause", record["cause"])
     print(f"attempt {number}: {cause}; {decision.decision}{again}: {decision.reason}", flush=True)
     return decision
+
+
+def _notice_seconds(folder: Path, cluster: ClusterConfig) -> float:
+    """How long before its limit this job hears of it."""
+    told = os.environ.get(render.NOTICE)
+    return float(told) if told else render.notice_seconds(cluster, render.save_seconds(folder))
 
 
 def _seconds_left(job: slurm.Job | None, notice_seconds: float) -> float:
@@ -124,8 +135,8 @@ def seconds_to_save(cluster: ClusterConfig, folder: Path) -> float:
         return math.inf
     if job.ends is None or job.preempted:
         return math.inf
-    notice = render.notice_seconds(cluster, render.save_seconds(folder))
-    return (job.ends - datetime.now()).total_seconds() - min(DECISION_SECONDS, notice / 2)
+    notice = _notice_seconds(folder, cluster)
+    return (job.ends - datetime.now()).total_seconds() - notice + render.seconds_to_save(notice)
 
 
 def refine(record: Mapping[str, Any], job: slurm.Job, seconds_left: float, told: str = "") -> dict[str, Any]:
@@ -223,6 +234,7 @@ def chain(folder: Path) -> int:
         return render.NOTHING_LEFT
     if ours:
         (folder / "slurm" / "job").write_text(str(said["job"]))
+    (folder / "slurm" / "job.sh").write_text(render.job_file(config, folder))  # with the notice of the successor
     try:
         job = slurm.order(successor(config, folder, job_id(os.environ)), render.clean(config.cluster, os.environ))
     except RuntimeError as error:
@@ -238,8 +250,9 @@ def chain(folder: Path) -> int:
 
 def successor(config: JobConfig, folder: Path, job: str) -> list[str]:
     """The sbatch command of the job that follows `job`."""
-    command = render.sbatch(config, folder)
-    return [command[0], "--parsable", f"--dependency=afterany:{job}", *command[1:]]
+    first, *more = render.sbatch(config, folder)
+    kept = [word for word in more if not word.startswith("--dependency=")]  # what the first job waited for is over
+    return [first, "--parsable", f"--dependency=afterany:{job}", *kept]
 
 
 def _successor(folder: Path, start: str) -> str | None:
@@ -292,4 +305,7 @@ if __name__ == "__main__":
     *options, run = sys.argv[1:] or [""]
     if not run or options not in ([], ["--chain"]):
         sys.exit("usage: python -m launch.requeue [--chain] RUN_DIR")
-    sys.exit(chain(Path(run)) if options else main(Path(run)))
+    try:
+        sys.exit(chain(Path(run)) if options else main(Path(run)))
+    except OSError as error:  # as where the disk is full
+        sys.exit(f"error: {error}")

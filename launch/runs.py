@@ -59,10 +59,14 @@ def find_several(words: Sequence[str]) -> list[Path]:
     found: dict[Path, None] = {}
     for word in words:
         runs = _matches(word)
-        if len(runs) > 1 and any(run.parent.name != word for run in runs):
+        if len(runs) > 1 and any(run.parent.name != word and not _is_element(run, word) for run in runs):
             raise _ambiguous(word, runs)
         found |= dict.fromkeys(runs)
     return list(found)
+
+
+def _is_element(run: Path, array: str) -> bool:
+    return any(job.startswith(f"{array}_") for job in jobs_of(run))
 
 
 def find_any(words: Sequence[str]) -> list[Path]:
@@ -109,7 +113,7 @@ def _matches(word: str, root: Path | None = None) -> list[Path]:
     runs = all_runs(root)
     found = [run for run in runs if word in _names(run)]
     if not found and JOB.fullmatch(word):
-        found = [run for run in runs if word in jobs_of(run)]
+        found = [run for run in runs if any(word in (job, job.partition("_")[0]) for job in jobs_of(run))]
     if not found:
         known = sorted({name for run in runs for name in _names(run) if name})
         hint = unknown(word, known).split("allowed: ")[0]

@@ -181,10 +181,9 @@ def ask(
     command: list[str], stdin: str = "", environment: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run a Slurm command. Raises RuntimeError where it is not there or does not answer."""
+    plain = {**(os.environ if environment is None else environment), "SLURM_TIME_FORMAT": "standard"}
     try:
-        return subprocess.run(
-            command, input=stdin, env=environment, capture_output=True, text=True, timeout=TIMEOUT_SECONDS
-        )
+        return subprocess.run(command, input=stdin, env=plain, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
     except FileNotFoundError:
         raise RuntimeError(f"{command[0]} is not on PATH on {socket.gethostname()}") from None
     except subprocess.TimeoutExpired:

@@ -64,7 +64,7 @@ def findings(site: Site, partition: Partition, ends: list[Ending]) -> list[str]:
     if site.number("JobRequeue") == 0:
         found.append("JobRequeue is 0: no job is requeued that does not ask for it; ours do, by sbatch --requeue")
     if size := site.number("MaxArraySize"):
-        found.append(f"an array has at most {size - 1:,} jobs")
+        found.append(f"an array has at most {size:,} jobs")
     if not site.accounting:
         found.append("there is no accounting (sacct knows nothing): `synthos status` needs none")
     if partition.limit and (limit_seconds(partition.limit) or 0) < 3600:

@@ -91,7 +91,7 @@ def _follow(folder: Path, rank: int | None, lines: int) -> int:
             if time.monotonic() - looked > STATE_SECONDS:
                 looked = time.monotonic()
                 one = look(folder, squeue.ask([folder]))
-                over = not one.alive
+                over = not one.goes_on
             for file, text in _grown(folder, rank, shown, lines):
                 if file != last:
                     print(f"==> {file} <==")

@@ -74,7 +74,7 @@ def _watch(words: Sequence[str], every: float) -> int:
             while True:
                 looks, _, problem = _look(words)
                 live.update(_table(looks, problem), refresh=True)
-                if words and not any(one.alive for one in looks):
+                if words and not any(one.goes_on for one in looks):
                     return int(any(one.wrong for one in looks))
                 time.sleep(every)
         except KeyboardInterrupt:

@@ -57,19 +57,23 @@ def _end(folder: Path, one: Look, jobs: Sequence[squeue.Job]) -> tuple[bool, str
         return False, f"runs on another machine, without Slurm; expected `synthos stop {folder.name}`"
     # Before any signal: the agent must not take it for a preemption, nor a successor in the queue go on.
     record = {"job": jobs[0].job if jobs else "", "attempt": one.attempt, "by": getpass.getuser(), "time": time.time()}
-    write_json(folder / "control" / CANCELLED, record)
-    write_json(folder / "control" / "stop", {"cause": "stop"})
+    control = folder / "control"
+    written = [file for file in (control / CANCELLED, control / "stop") if not file.exists()]
+    write_json(control / CANCELLED, record)
+    write_json(control / "stop", {"cause": "stop"})
     if not jobs:
         for pid in pids:
             with suppress(ProcessLookupError):  # it was faster
                 os.kill(pid, signal.SIGTERM)
         return True, f"process {', '.join(map(str, pids))} got SIGTERM, saves and ends"
+    names = [job.job for job in jobs]
     try:
-        done = slurm.ask(["scancel", *(job.job for job in jobs)])
+        slurm.order(["scancel", *names])
     except RuntimeError as error:
+        for file in written:  # or the run would end all the same, unless it has heard of it by now
+            file.unlink(missing_ok=True)
         return False, str(error)
-    names = ", ".join(job.job for job in jobs)
-    return (False, f"scancel: {slurm.words(done.stderr)}") if done.returncode else (True, f"job {names} is cancelled")
+    return True, f"job {', '.join(names)} is cancelled"
 
 
 def _holders(lock: Path) -> Iterator[int]:

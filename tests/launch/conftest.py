@@ -1,4 +1,7 @@
-"""A small data set, a command line that is right in every respect, and `submit`, which runs it in this process."""
+"""A small data set, a command line that is right in every respect, and `submit`, which runs it in this process.
+
+Also commands of Slurm that answer as told, and a run whose first attempt has ended.
+"""
 
 import io
 import subprocess
@@ -9,9 +12,15 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from launch import attempts, requeue
 from launch.cli import main
+from launch.render import NOTICE
 from synthos.data.index import open_index
 from synthos.data.shards import ShardPlace
+from synthos.run import write_verdict
+from synthos.schema import JobConfig
+from synthos.strict import write_config
+from tests.support import compose_for_test
 
 Submit = Callable[..., int]
 
@@ -91,3 +100,42 @@ def tree(*folders: Path) -> dict[str, tuple[int, int]]:
     """Every file and folder below, with size and time of its last change."""
     paths = [path for folder in folders for path in (folder, *folder.rglob("*")) if path.exists()]
     return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in paths}
+
+
+@pytest.fixture
+def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Commands of Slurm that say what a test has them say, and note what they were asked."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.setattr(requeue, "PAUSES_SECONDS", (0, 0))
+    for name in ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_JOB_ID", "SLURM_RESTART_COUNT", NOTICE):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_JOB_ID", "2")
+
+    def write(**says: str) -> Path:
+        for name, text in says.items():
+            (folder / name).write_text(f"#!/bin/bash\necho {name} \"$@\" >>{tmp_path}/asked\nprintf '%s\\n' '{text}'\n")
+            (folder / name).chmod(0o755)
+        return tmp_path / "asked"
+
+    return write
+
+
+@pytest.fixture
+def ended(tmp_path: Path) -> Callable[..., tuple[Path, JobConfig]]:
+    """A run folder whose first attempt has ended."""
+
+    def make(cause: str, *overrides: str) -> tuple[Path, JobConfig]:
+        folder = tmp_path / "run-1a2b3c4d"
+        (folder / "control").mkdir(parents=True)
+        (folder / "slurm").mkdir()
+        config = compose_for_test("recipe=i2i", "model=tiny", "data=photos", "cluster=slurm", *overrides)
+        write_config(config, folder / "config.yaml")
+        attempts.begin(folder, [], job="2.0", nodes=["node1", "node2"])
+        status = "failed" if cause in ("crash", "config") else "stopped"
+        write_verdict(folder, {"status": status, "cause": cause, "step": 3, "attempt": 1, "message": ""})
+        attempts.end(folder, 1)
+        return folder, config
+
+    return make

@@ -20,6 +20,7 @@ from synthos.run import failure_file
 from synthos.schema import JobConfig
 from synthos.strict import write_config
 from synthos.train.torchrun import torchrun_flags
+from tests.support import ROOT
 
 BASE = ("recipe=i2i", "model=tiny", "data=photos", "cluster=local")
 CODE = Path("/runs/x/code")
@@ -174,6 +175,32 @@ def test_a_signal_before_the_ranks_start_is_heard(tmp_path: Path, monkeypatch: p
     assert agent.run(tmp_path, place) == 0
     thread.join()
     assert json.loads(stop.read_text()) == {"cause": "terminate"}
+
+
+@pytest.mark.parametrize(("rank", "code"), [("os.kill(os.getpid(), 9)", 1), ("pass", 0)])
+def test_an_agent_whose_rank_was_killed_fails_its_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: str, code: int
+) -> None:
+    """Else srun would leave the others to wait for it."""
+    (tmp_path / "control").mkdir()
+    (tmp_path / "code").symlink_to(ROOT)
+    attempt_folder(tmp_path, 1).mkdir(parents=True)
+    write_config(job("cluster=slurm", "nodes=2", "batch.micro=1"), tmp_path / "config.yaml")
+    place = Place("12.0", node=1, nodes=2)
+    announce(tmp_path, Meeting(place.start, 1, "localhost", 0))
+    monkeypatch.setattr(agent, "ranks_command", lambda *_: [sys.executable, "-c", f"import os\n{rank}"])
+    monkeypatch.setattr(agent, "slurm_place", lambda _: place)
+    monkeypatch.setattr(agent.snapshot, "check_imported", lambda _: None)
+    monkeypatch.setattr(agent.preflight, "check", lambda *_: agent.preflight.Findings())
+    assert agent.main(tmp_path) == code
+
+
+def test_a_fault_of_one_node_does_not_speak_for_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "control").mkdir()
+    for node, refused in ((1, False), (0, True)):
+        monkeypatch.setattr(agent, "slurm_place", lambda _, n=node: Place("12.0", node=n, nodes=2))
+        assert agent.main(tmp_path) == 2  # there is no config.yaml
+        assert (tmp_path / "control" / "refused.json").exists() == refused
 
 
 def test_ranks_that_do_not_save_before_the_limit_are_ended(tmp_path: Path) -> None:

@@ -82,6 +82,11 @@ def test_time_outs_and_preemptions_are_free_while_checkpoints_advance(cluster: C
     assert decide([*stuck, record("time_limit", 100, 101)], cluster, NOW).decision == "requeue"
 
 
+def test_the_beginning_saved_again_and_again_is_no_progress(cluster: ClusterConfig) -> None:
+    """A baseline validation that is longer than the limit: each attempt saves step 0."""
+    assert decide([record("time_limit", None, 0)] * 3, cluster, NOW).reason.startswith("no_progress: 3 attempts")
+
+
 def test_pictures_are_progress_where_no_checkpoint_is_saved(cluster: ClusterConfig) -> None:
     def after(*steps: int, **more: Any) -> str:
         series = [record("preempted", None, None, end_step=step, **more) for step in steps]

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from launch import attempts, render, requeue, slurm
+from launch import attempts, preflight, render, requeue, slurm
+from launch.place import Meeting, Place
 from synthos.data.index import open_index
 from synthos.data.shards import ShardPlace
-from synthos.schema import JobConfig, read_job
+from synthos.schema import read_job
 from synthos.strict import write_config
 from tests.launch.conftest import Submit
 from tests.launch.test_agent import eventually
@@ -40,26 +41,6 @@ WORDS = {
     "requeued already": RUNNING.replace("RUNNING", "COMPLETING").replace("Restarts=0", "Restarts=1")
     .replace("EndTime=2027-11-27T16:38:40", "EndTime=Unknown").replace("PreemptTime=None ", ""),
 }  # fmt: skip
-
-
-@pytest.fixture
-def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Commands of Slurm that say what a test has them say, and note what they were asked."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    monkeypatch.setenv("PATH", str(folder))
-    monkeypatch.setattr(requeue, "PAUSES_SECONDS", (0, 0))
-    for name in ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_JOB_ID", "SLURM_RESTART_COUNT"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("SLURM_JOB_ID", "2")
-
-    def write(**says: str) -> Path:
-        for name, text in says.items():
-            (folder / name).write_text(f"#!/bin/bash\necho {name} \"$@\" >>{tmp_path}/asked\nprintf '%s\\n' '{text}'\n")
-            (folder / name).chmod(0o755)
-        return tmp_path / "asked"
-
-    return write
 
 
 def cause(record: dict[str, Any], told: str = "") -> str:
@@ -142,9 +123,9 @@ def test_ranks_that_saved_after_their_agent_was_killed_go_on(tools: Callable[...
 
 def test_a_node_of_which_the_folder_shows_nothing_is_left_out(tools: Callable[..., Path], ended: Any) -> None:
     """Its agent could not even begin, and srun ended the others before they had compared."""
-    folder, _ = ended("terminate")
-    (folder / "attempts" / "0001" / "preflight").mkdir()
-    (folder / "attempts" / "0001" / "preflight" / "node-0.json").write_text("{}")
+    folder, config = ended("terminate")
+    first, meeting = Place("2.0", nodes=2), Meeting("2.0", 1, "localhost", 0)
+    assert preflight.check(folder, config, first, meeting, [signal.SIGTERM]).passed  # what srun sends
     tools(scontrol=WORDS["as it runs"])
     assert requeue.main(folder) == 0
     record = attempts.newest_record(folder)
@@ -157,25 +138,6 @@ def test_a_run_that_ends_undone_is_no_success(tools: Callable[..., Path], ended:
     folder, _ = ended(cause, "cluster.requeue=none")
     tools(scontrol=WORDS["as it runs"])
     assert requeue.main(folder) == code
-
-
-@pytest.fixture
-def ended(tmp_path: Path) -> Callable[..., tuple[Path, JobConfig]]:
-    """A run folder whose first attempt has ended."""
-
-    def make(cause: str, *overrides: str) -> tuple[Path, JobConfig]:
-        folder = tmp_path / "run-1a2b3c4d"
-        (folder / "control").mkdir(parents=True)
-        (folder / "slurm").mkdir()
-        config = compose_for_test("recipe=i2i", "model=tiny", "data=photos", "cluster=slurm", *overrides)
-        write_config(config, folder / "config.yaml")
-        attempts.begin(folder, [], job="2.0", nodes=["node1", "node2"])
-        status = "failed" if cause in ("crash", "config") else "stopped"
-        leave_verdict(folder, status=status, cause=cause, step=3, attempt=1, message="")
-        attempts.end(folder, 1)
-        return folder, config
-
-    return make
 
 
 def test_a_preempted_job_is_requeued_once(tools: Callable[..., Path], ended: Any) -> None:
@@ -246,6 +208,31 @@ def test_a_notice_that_leaves_time_for_a_long_save_is_that_of_the_limit(tools: C
     assert requeue.main(folder) == 0 and attempts.newest_record(folder)["cause"] == "time_limit"
 
 
+def test_the_notice_is_the_one_that_the_job_was_submitted_with(
+    tools: Callable[..., Path], ended: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An element hears as early as the slowest of its array: what ends it after that is its limit."""
+    in_ten_minutes = (datetime.now() + timedelta(minutes=10)).isoformat(timespec="seconds")
+    for told, cause in (("", "drain"), ("1000", "time_limit")):
+        folder, _ = ended("notice", f"seed={len(told)}")
+        tools(scontrol=RUNNING.replace("2027-11-27T16:38:40", in_ten_minutes))
+        monkeypatch.setenv(render.NOTICE, told)
+        assert requeue.main(folder) == 0 and attempts.newest_record(folder)["cause"] == cause
+        shutil.rmtree(folder)
+
+
+def test_who_wants_a_run_to_stop_that_waits_again_is_heard(tools: Callable[..., Path], ended: Any) -> None:
+    """The wish of a signal is over: what is touched now is meant for the attempt to come."""
+    folder, _ = ended("notice")
+    stop = folder / "control" / "stop"
+    stop.write_text('{"cause": "notice"}')
+    tools(scontrol=WORDS["as it runs"])
+    assert requeue.main(folder) == 0 and not stop.exists()
+    stop.touch()
+    attempts.begin(folder, [], job="2.1")
+    assert stop.exists() and attempts.asked_to_stop(folder)
+
+
 def test_a_question_without_an_answer_is_asked_again(tools: Callable[..., Path], ended: Any, tmp_path: Path) -> None:
     """Of the controller, which does not answer each at first."""
     folder, _ = ended("terminate")
@@ -289,78 +276,6 @@ def test_agents_that_could_not_be_started_are_started_again(tools: Callable[...,
     assert codes == [render.RESTART, render.RESTART, 1] and "no_progress" in record["next"]["reason"]
 
 
-def test_a_chain_ends_with_a_job_that_could_not_begin(tools: Callable[..., Path], ended: Any) -> None:
-    """Its successor could not either."""
-    folder, _ = ended("drain", "cluster.requeue=chain")
-    attempts.amend(folder, 1, job="1.0")
-    attempts.refuse(folder, "2.0", "nodes: the allocation has 1")
-    asked = tools(sbatch="3", scancel="")
-    assert (requeue.chain(folder), requeue.main(folder)) == (0, 2)
-    assert asked.read_text().splitlines()[-1] == "scancel 3"
-
-
-def test_a_job_of_a_chain_accounts_for_the_one_before_that_was_lost(
-    tools: Callable[..., Path], ended: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder, _ = ended("drain", "cluster.requeue=chain")
-    tools(scontrol=WORDS["as it runs"], sbatch="3", sinfo="node1 idle\nnode2 down*")
-    assert (requeue.chain(folder), requeue.main(folder)) == (0, 0)
-    for job in ("3", "4"):  # each with its node
-        monkeypatch.setenv("SLURM_JOB_ID", job)
-        tools(sbatch=str(int(job) + 1))
-        assert requeue.chain(folder) == 0
-        attempts.begin(folder, [], job=f"{job}.0", nodes=["node1", "node2"])
-    monkeypatch.setenv("SLURM_JOB_ID", "5")
-    tools(sbatch="6")
-    assert requeue.chain(folder) == 0
-    with pytest.raises(RuntimeError, match="no_progress: 3 attempts"):
-        attempts.begin(folder, [], job="5.0")
-    _, second, third = attempts.records(folder)
-    assert second["cause"] == third["cause"] == "node_failure" and second["bad_nodes"] == ["node2"]
-    assert second["next"]["decision"] == "requeue"
-    # One that somebody submits is none of the chain.
-    attempts.begin(folder, [], job="9.0")
-    monkeypatch.setenv("SLURM_JOB_ID", "10")
-    tools(sbatch="11")
-    assert requeue.chain(folder) == 0
-    attempts.begin(folder, [], job="10.0")
-    assert attempts.records(folder)[-2]["cause"] == "killed"
-
-
-def test_a_chain_queues_one_successor_and_takes_it_back_at_the_end(tools: Callable[..., Path], ended: Any) -> None:
-    folder, config = ended("stop", "cluster.requeue=chain")
-    asked = tools(scontrol=WORDS["as it runs"], sbatch="3", scancel="")
-    assert requeue.chain(folder) == 0
-    line = asked.read_text().splitlines()[-1]
-    assert line.startswith("sbatch --parsable --dependency=afterany:2 ") and line.endswith(f"train.sbatch {folder}")
-    assert "--no-requeue" in line and "--requeue" not in line.split()
-    assert requeue.main(folder) == 0 and asked.read_text().splitlines()[-1] == "scancel 3"
-    assert "--no-requeue" in render.batch_script(config, folder)
-
-
-def test_a_chain_that_could_not_queue_its_successor_says_so_at_the_end(
-    tools: Callable[..., Path], ended: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder, _ = ended("drain", "cluster.requeue=chain")
-    tools(scontrol=WORDS["as it runs"])
-    assert requeue.chain(folder) == 0 and "sbatch is not on PATH" in capsys.readouterr().err
-    assert requeue.main(folder) == 1
-    assert "no successor was queued" in attempts.newest_record(folder)["next"]["reason"]
-
-
-def test_a_successor_ends_at_once_where_nothing_is_left(
-    tools: Callable[..., Path], ended: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder, _ = ended("drain", "cluster.requeue=chain")
-    asked = tools(scontrol=WORDS["as it runs"], sbatch="3", scancel="")
-    assert (requeue.chain(folder), requeue.main(folder)) == (0, 0)
-    monkeypatch.setenv("SLURM_JOB_ID", "3")
-    assert requeue.chain(folder) == 0 and (folder / "slurm" / "job").read_text() == "3"
-    leave_verdict(folder, status="done", cause="finished", step=9, attempt=1, message="")
-    before = asked.read_text()
-    assert requeue.chain(folder) == render.NOTHING_LEFT and asked.read_text() == before
-
-
 def test_an_excluded_node_is_told_to_slurm_when_the_job_is_pending_again(
     tools: Callable[..., Path], ended: Any
 ) -> None:
@@ -369,14 +284,6 @@ def test_an_excluded_node_is_told_to_slurm_when_the_job_is_pending_again(
     asked = tools(scontrol=WORDS["as it runs"])
     assert requeue.main(folder) == 0
     assert asked.read_text().splitlines()[-2:] == ["scontrol requeue 2", "scontrol update JobId=2 ExcNodeList=node2"]
-
-
-def test_in_a_chain_it_is_the_successor_that_is_told(tools: Callable[..., Path], ended: Any) -> None:
-    folder, _ = ended("drain", "cluster.requeue=chain")
-    asked = tools(scontrol=WORDS["as it runs"], sbatch="3", scancel="")
-    attempts.amend(folder, 1, cause="preflight", bad_nodes=["node2"])
-    assert requeue.chain(folder) == 0 and requeue.main(folder) == 0
-    assert asked.read_text().splitlines()[-1] == "scontrol update JobId=3 ExcNodeList=node2"
 
 
 def test_nodes_that_failed_come_beside_those_of_the_config(

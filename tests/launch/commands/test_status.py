@@ -1,7 +1,6 @@
 """`synthos status` and `ls`: what is said of a run is what its files, its lock and its job say."""
 
 import json
-import os
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,8 +9,9 @@ import pytest
 
 from launch import attempts
 from launch.decision import decide
+from launch.look import look_at
 from launch.rundir import hold
-from tests.launch.commands.conftest import BASE, Runs, age_heartbeat, synthos
+from tests.launch.commands.conftest import BASE, Runs, age_heartbeat, squeue, synthos
 from tests.support import compose_for_test
 
 Capture = pytest.CaptureFixture[str]
@@ -58,6 +58,29 @@ def test_a_run_with_a_process(runs: Runs, capsys: Capture, monkeypatch: pytest.M
         age_heartbeat(monkeypatch, 3)
         code, stalled = look(capsys, "a")
         assert (code, stalled["a-00000001"]["state"], stalled["a-00000001"]["eta_s"]) == (1, "stalled", None)
+
+
+def test_a_run_without_a_first_step_stalls_after_an_hour(
+    runs: Runs, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = runs.add("a-00000001")
+    runs.begin(folder)
+    with hold(folder):
+        for seconds, state in ((3500, "starting"), (200, "stalled")):
+            age_heartbeat(monkeypatch, seconds)
+            told = look(capsys, "a")[1]["a-00000001"]
+            assert told["state"] == state and "no step of attempt 1 yet" in str(told["detail"])
+
+
+def test_a_run_is_over_before_its_job_is(
+    runs: Runs, capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Nodes may take long to complete."""
+    folder = closed(runs, "a-00000001", "end", "the run is done")
+    squeue(tmp_path, monkeypatch, f"echo '17 |0 |COMPLETING |None |node1 |N/A |{folder}/slurm/%j.out '")
+    assert look(capsys, "a")[1]["a-00000001"]["state"] == "stopped"
+    attempts.amend(folder, 1, next={"decision": "requeue", "reason": "time_limit"})
+    assert look(capsys, "a")[1]["a-00000001"]["state"] == "starting"
 
 
 def test_slow_steps_are_no_stall(runs: Runs, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,16 +193,9 @@ def test_a_run_that_waits_for_slurm_can_be_stopped_though_slurm_says_nothing(
     assert {name: run["state"] for name, run in look(capsys)[1].items()} == {
         "a-00000001": "unknown", "b-00000002": "stopped",
     }  # fmt: skip
+    assert [one.goes_on for one in look_at([waits, over])[0]] == [True, False]  # who watches it watches on
     assert synthos("stop", "a") == 0 and (waits / "control" / "stop").exists()
     assert synthos("stop", "b") == 1 and not (over / "control" / "stop").exists()
-
-
-def squeue(folder: Path, monkeypatch: pytest.MonkeyPatch, answer: str = "") -> None:
-    """A Slurm whose queue is empty, or which answers so."""
-    (folder / "bin").mkdir()
-    (folder / "bin" / "squeue").write_text(f"#!/bin/sh\n{answer}\n")
-    (folder / "bin" / "squeue").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
 
 
 def test_one_damaged_folder_hides_no_other(runs: Runs, capsys: Capture) -> None:
@@ -248,7 +264,8 @@ def test_every_name_of_a_run(runs: Runs, capsys: Capture) -> None:
     (folder / "slurm").mkdir()
     (folder / "slurm" / "31.out").touch()
     (folder / "slurm" / "job").write_text("32")
-    for word in ("photos", "photos-0000abcd-g2", "0000abcd", "mine", "31", "32", str(folder)):
+    (folder / "slurm" / "33_4.out").touch()
+    for word in ("33", "33_4", "photos", "photos-0000abcd-g2", "0000abcd", "mine", "31", "32", str(folder)):
         assert list(look(capsys, word)[1]) == ["photos-0000abcd-g2"]
 
 

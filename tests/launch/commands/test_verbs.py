@@ -22,7 +22,7 @@ from launch.start import start
 from synthos.run import _open_log, write_verdict
 from synthos.schema import JobConfig, read_job
 from synthos.train.checkpoint_files import MANIFEST, write_counters
-from tests.launch.commands.conftest import Runs, synthos
+from tests.launch.commands.conftest import Runs, squeue, synthos
 
 Capture = pytest.CaptureFixture[str]
 
@@ -127,6 +127,20 @@ def test_cancel_of_what_does_not_run(runs: Runs, capsys: Capture) -> None:
     (told,) = json.loads(capsys.readouterr().out)["runs"]
     assert told["done"] is False and told["what"].startswith("is lost (attempt 1 on ")
     assert not (folder / "control" / "cancelled.json").exists()
+
+
+def test_who_could_not_cancel_has_changed_nothing(
+    runs: Runs, capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = runs.add("a-00000001")
+    (folder / "slurm").mkdir()
+    squeue(tmp_path, monkeypatch, f"echo '17 |0 |PENDING |Priority | |N/A |{folder}/slurm/%j.out '")
+    (tmp_path / "bin" / "scancel").write_text("#!/bin/sh\necho 'scancel: error: Access denied' >&2\nexit 1\n")
+    (tmp_path / "bin" / "scancel").chmod(0o755)
+    assert synthos("cancel", "a") == 1 and "Access denied" in capsys.readouterr().err
+    assert not {"stop", "cancelled.json"} & {*os.listdir(folder / "control")}
+    (tmp_path / "bin" / "scancel").write_text("#!/bin/sh\n")
+    assert synthos("cancel", "a") == 0 and (folder / "control" / "cancelled.json").exists()
 
 
 def test_retry_is_for_failures(runs: Runs, capsys: Capture) -> None:
