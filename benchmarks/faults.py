@@ -114,8 +114,8 @@ class Victim:
         self.wait(lambda: [r for r in self.records()[number - 1 :] if "next" in r], f"a decision on attempt {number}")
         return self.records()[number - 1]
 
-    def starts_now(self, *more: str) -> None:
-        """Let the job start that Slurm has requeued.
+    def starts_now(self, *more: str, seconds: float = 120) -> None:
+        """Let the job start that Slurm has requeued. Raises TimeoutError where it does not.
 
         Two seconds later: nodes that were just told to forget the job refuse a start of the same second, and then Slurm
         requeues it once more. Asked for as long as it waits for its time, which Slurm sets anew when its last process
@@ -133,7 +133,7 @@ class Victim:
                     self.run("scontrol", "update", f"JobId={self.job}", "StartTime=now")
             return "JobState=PENDING" not in shown
 
-        self.wait(goes, "a start")
+        self.wait(goes, "a start", seconds)
 
     def _begun(self, number: int) -> int:
         """The step that an attempt began with, which is known when it has restored its checkpoint."""
@@ -204,16 +204,21 @@ def truncated(run: Victim) -> None:
 
 
 def node_down(run: Victim) -> None:
-    """The last node loses its power, all at once, and has it again when the run goes on elsewhere."""
+    """The last node loses its power, all at once, and has it again when the run goes on elsewhere, or can't."""
     node = run.nodes()[-1]
     os.kill(int((run.practice / "pid" / node).read_text()), signal.SIGKILL)
     for pid in run.processes_on(node):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     run.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
-    run.starts_now()
-    run.wait(lambda: run.state() == "RUNNING", "other nodes")
-    run.run(ROOT / "slurm" / "practice.sh", "up")
+    up = (ROOT / "slurm" / "practice.sh", "up")
+    try:
+        run.starts_now(seconds=20)
+    except TimeoutError:  # too many of the others have failed twice, and are excluded
+        run.run(*up)
+        run.starts_now()
+    else:
+        run.run(*up)
 
 
 def drain(run: Victim) -> None:
