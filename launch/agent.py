@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -21,16 +21,17 @@ from launch import attempts, preflight, requeue, snapshot
 from launch.place import (
     Meeting,
     Place,
+    allocation_problems,
     allowed_cores,
     announce,
     find_meeting,
     free_port,
     interface_of,
+    job_start,
     node_names,
     own_address,
     slurm_place,
 )
-from launch.render import tasks_per_node
 from launch.rundir import hold
 from launch.screen import Screen
 from synthos.files import create_json, read_json
@@ -77,23 +78,8 @@ def main(folder: Path) -> int:
     except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         if first:  # else it is a fault of this node
-            attempts.refuse(folder, requeue.job_start(os.environ), str(error))
+            attempts.refuse(folder, job_start(os.environ), str(error))
         return 2
-
-
-def allocation_problems(config: JobConfig, place: Place, environment: Mapping[str, str]) -> list[str]:
-    """A line for each way in which a job differs from the config that it is to run."""
-    compared = [("nodes", "nodes", place.nodes, config.nodes)]
-    compared += [("tasks per node", "ntasks-per-node", place.tasks, tasks_per_node(config))]
-    if config.cluster.gpu_flag:
-        gpus = int(environment.get("SLURM_GPUS_ON_NODE", "0"))
-        compared += [("gpus_per_node", config.cluster.gpu_flag, gpus, config.gpus_per_node)]
-    return [
-        f"{name}: the allocation has {found}, config.yaml of the run says {asked}; expected sbatch with "
-        f"--{flag}={'gpu:' if flag == 'gres' else ''}{asked}, or a new submission"
-        for name, flag, found, asked in compared
-        if found != asked
-    ]
 
 
 def run(folder: Path, place: Place | None = None, keep_open: Sequence[int] = ()) -> int:

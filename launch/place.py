@@ -13,7 +13,9 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from launch.render import tasks_per_node
 from synthos.files import read_json, write_json
+from synthos.schema import JobConfig
 
 SIOCGIFADDR = 0x8915  # man netdevice
 MEETING_SECONDS = 900  # longer than the first agent waits for the others, so that it is the one to judge
@@ -59,6 +61,13 @@ def job_id(environment: Mapping[str, str]) -> str:
     if "SLURM_ARRAY_TASK_ID" in environment:
         return f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
     return environment["SLURM_JOB_ID"]
+
+
+def job_start(environment: Mapping[str, str]) -> str:
+    """This start of the job, as attempts record it; empty outside of Slurm."""
+    if "SLURM_JOB_ID" not in environment:
+        return ""
+    return f"{job_id(environment)}.{environment.get('SLURM_RESTART_COUNT', '0')}"
 
 
 def slurm_place(environment: Mapping[str, str]) -> Place:
@@ -168,3 +177,18 @@ def node_names(environment: Mapping[str, str]) -> list[str]:
         return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.split()
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return []
+
+
+def allocation_problems(config: JobConfig, place: Place, environment: Mapping[str, str]) -> list[str]:
+    """A line for each way in which a job differs from the config that it is to run."""
+    compared = [("nodes", "nodes", place.nodes, config.nodes)]
+    compared += [("tasks per node", "ntasks-per-node", place.tasks, tasks_per_node(config))]
+    if config.cluster.gpu_flag:
+        gpus = int(environment.get("SLURM_GPUS_ON_NODE", "0"))
+        compared += [("gpus_per_node", config.cluster.gpu_flag, gpus, config.gpus_per_node)]
+    return [
+        f"{name}: the allocation has {found}, config.yaml of the run says {asked}; expected sbatch with "
+        f"--{flag}={'gpu:' if flag == 'gres' else ''}{asked}, or a new submission"
+        for name, flag, found, asked in compared
+        if found != asked
+    ]

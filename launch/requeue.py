@@ -10,16 +10,18 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from launch import attempts, preflight, render, slurm
+from launch import attempts, chain, preflight, render, slurm
 from launch.decision import CRASHES, Decision, decide
-from launch.place import job_id, node_names
-from launch.rundir import hold, read_state
-from synthos.files import create_json, read_cause, read_json, write_json
-from synthos.schema import ClusterConfig, JobConfig, read_job
+from launch.place import job_id, job_start, node_names
+from launch.rundir import hold, holders
+from synthos.files import create_json, read_cause, write_json
+from synthos.run import read_verdict
+from synthos.schema import ClusterConfig, read_job
 
 ORPHAN_SECONDS = 600  # for ranks whose agent was killed: they save and end
 LIMIT_SLACK_SECONDS = 120  # Slurm's notice comes up to a minute early
@@ -182,10 +184,10 @@ def _ask_slurm(folder: Path, cluster: ClusterConfig, decision: Decision, start: 
     try:
         if again and cluster.requeue == "scontrol":
             _patiently(lambda: _requeue(own, start))
-        elif again and not _successor(folder, start):
+        elif again and not chain.waiting(folder, start):
             raise RuntimeError("no successor was queued, see the job's output")
         elif decision.decision == "end":
-            left = [own if _requeued(job, start) else None, _successor(folder, start)]
+            left = [own if _requeued(job, start) else None, chain.waiting(folder, start)]
             for waiting in filter(None, left):
                 _order("scancel", waiting)
     except RuntimeError as error:
@@ -195,7 +197,7 @@ def _ask_slurm(folder: Path, cluster: ClusterConfig, decision: Decision, start: 
         print(f"error: the run does not start again by itself: {reason}", file=sys.stderr)
         return
     if again and decision.exclude:  # only a pending job takes it
-        following = own if cluster.requeue == "scontrol" else _successor(folder, start)
+        following = own if cluster.requeue == "scontrol" else chain.waiting(folder, start)
         nodes = f"ExcNodeList={render.excluded(cluster, folder)}"
         try:
             _order("scontrol", "update", f"JobId={following}", nodes)
@@ -223,46 +225,9 @@ def _patiently(ask: Callable[[], Answer]) -> Answer:
     return ask()
 
 
-def chain(folder: Path) -> int:
-    """Queue the job that goes on when this one has ended, however it ends; render.NOTHING_LEFT where it is done."""
-    config, start = read_job(folder / "config.yaml"), job_start(os.environ)
-    said = read_json(folder / "control" / "successor.json")
-    ours = said.get("job") == start.split(".")[0]  # this job is itself a successor
-    ended = attempts.newest_record(folder).get("next", {}).get("decision") == "end"
-    if read_state(folder).done or (ours and ended):
-        print(f"{folder}: nothing is left to do")
-        return render.NOTHING_LEFT
-    if ours:
-        (folder / "slurm" / "job").write_text(str(said["job"]))
-    (folder / "slurm" / "job.sh").write_text(render.job_file(config, folder))  # with the notice of the successor
-    try:
-        job = slurm.order(successor(config, folder, job_id(os.environ)), render.clean(config.cluster, os.environ))
-    except RuntimeError as error:
-        print(f"error: no successor is queued: {error}", file=sys.stderr)
-        return 0
-    # `after` is for the ledger: which job this one follows, should that have been lost.
-    after = said["of"] if ours else None
-    told = {"job": job.split(";")[0], "of": start.split(".")[0], "after": after}
-    write_json(folder / "control" / "successor.json", told)
-    print(f"job {job} goes on after this one")
-    return 0
-
-
-def successor(config: JobConfig, folder: Path, job: str) -> list[str]:
-    """The sbatch command of the job that follows `job`."""
-    first, *more = render.sbatch(config, folder)
-    kept = [word for word in more if not word.startswith("--dependency=")]  # what the first job waited for is over
-    return [first, "--parsable", f"--dependency=afterany:{job}", *kept]
-
-
-def _successor(folder: Path, start: str) -> str | None:
-    said = read_json(folder / "control" / "successor.json")
-    return str(said["job"]) if said.get("of") == start.split(".")[0] else None
-
-
 def _cancel_successor(folder: Path, start: str) -> None:
     """Take back the successor of a job that could not begin: it could not either, and would queue another, for ever."""
-    if (waiting := _successor(folder, start)) is None:
+    if (waiting := chain.waiting(folder, start)) is None:
         return
     try:
         _order("scancel", waiting)
@@ -276,16 +241,22 @@ def end_orphans(folder: Path) -> None:
         if lock is not None:
             return
     create_json(folder / "control" / "stop", {"cause": "terminate"})  # unless it is asked for already
-    with hold(folder, ORPHAN_SECONDS) as lock:
-        if lock is None:
-            print(f"warning: ranks of {folder} are still alive after {ORPHAN_SECONDS} s", file=sys.stderr)
+    deadline = time.monotonic() + ORPHAN_SECONDS
+    while time.monotonic() < deadline:
+        with hold(folder, patience_seconds=5) as lock:
+            if lock is not None:
+                return
+        if read_verdict(folder).get("attempt") == attempts.newest_record(folder)["attempt"]:
+            _kill_torchrun(folder)
+    print(f"warning: ranks of {folder} are still alive after {ORPHAN_SECONDS} s", file=sys.stderr)
 
 
-def job_start(environment: Mapping[str, str]) -> str:
-    """This start of the job, as attempts record it; empty outside of Slurm."""
-    if "SLURM_JOB_ID" not in environment:
-        return ""
-    return f"{job_id(environment)}.{environment.get('SLURM_RESTART_COUNT', '0')}"
+def _kill_torchrun(folder: Path) -> None:
+    """End what is left of an attempt whose ranks have ended: torchrun waits five minutes for that of other nodes."""
+    for pid in holders(folder):
+        with suppress(OSError):  # it has just ended
+            if b"torch.distributed.run" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                os.kill(pid, signal.SIGKILL)
 
 
 def _wait(seconds: float) -> bool:
@@ -306,6 +277,6 @@ if __name__ == "__main__":
     if not run or options not in ([], ["--chain"]):
         sys.exit("usage: python -m launch.requeue [--chain] RUN_DIR")
     try:
-        sys.exit(chain(Path(run)) if options else main(Path(run)))
+        sys.exit(chain.queue(Path(run)) if options else main(Path(run)))
     except OSError as error:  # as where the disk is full
         sys.exit(f"error: {error}")

@@ -4,10 +4,11 @@ import dataclasses
 import errno
 import fcntl
 import itertools
+import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -91,6 +92,24 @@ def hold(folder: Path, patience_seconds: float = 0) -> Iterator[IO[str] | None]:
         while not (locked := lock(file)) and time.monotonic() < deadline:
             time.sleep(0.2)
         yield file if locked else None
+
+
+def holders(folder: Path) -> Iterator[int]:
+    """The processes of this machine that have the run's lock, as /proc tells: who looks at it only reads the file."""
+    lock = folder / "control" / "lock"
+    for pid in sorted(int(entry.name) for entry in Path("/proc").glob("[0-9]*")):
+        with suppress(OSError):  # another user's, or it has just ended
+            files = [
+                file for file in Path(f"/proc/{pid}/fd").iterdir() if file.exists() and os.path.samefile(file, lock)
+            ]
+            if any(_is_written(pid, file.name) for file in files):
+                yield pid
+
+
+def _is_written(pid: int, descriptor: str) -> bool:
+    """Whether a process has opened a file to write to it."""
+    facts = Path(f"/proc/{pid}/fdinfo/{descriptor}").read_text().split()
+    return int(facts[facts.index("flags:") + 1], 8) & os.O_ACCMODE != os.O_RDONLY
 
 
 def lock(file: IO[str]) -> bool:

@@ -5,12 +5,13 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from launch import slurm, squeue
 from launch.look import CANCELLED, Look, look
+from launch.rundir import holders
 from launch.runs import find_several
 from launch.tell import new_parser, print_json, warn
 from synthos.files import write_json
@@ -52,7 +53,7 @@ def cancel(arguments: list[str]) -> int:
 
 def _end(folder: Path, one: Look, jobs: Sequence[squeue.Job]) -> tuple[bool, str]:
     """End one run; returns whether that was possible, and what was done or why not."""
-    pids = [] if jobs else list(_holders(folder / "control" / "lock"))
+    pids = [] if jobs else list(holders(folder))
     if not jobs and not pids:
         return False, f"runs on another machine, without Slurm; expected `synthos stop {folder.name}`"
     # Before any signal: the agent must not take it for a preemption, nor a successor in the queue go on.
@@ -74,23 +75,6 @@ def _end(folder: Path, one: Look, jobs: Sequence[squeue.Job]) -> tuple[bool, str
             file.unlink(missing_ok=True)
         return False, str(error)
     return True, f"job {', '.join(names)} is cancelled"
-
-
-def _holders(lock: Path) -> Iterator[int]:
-    """The processes of this machine that have the run's lock, as /proc tells: who looks at it only reads the file."""
-    for pid in sorted(int(entry.name) for entry in Path("/proc").glob("[0-9]*")):
-        with suppress(OSError):  # another user's, or it has just ended
-            files = [
-                file for file in Path(f"/proc/{pid}/fd").iterdir() if file.exists() and os.path.samefile(file, lock)
-            ]
-            if any(_is_written(pid, file.name) for file in files):
-                yield pid
-
-
-def _is_written(pid: int, descriptor: str) -> bool:
-    """Whether a process has opened a file to write to it."""
-    facts = Path(f"/proc/{pid}/fdinfo/{descriptor}").read_text().split()
-    return int(facts[facts.index("flags:") + 1], 8) & os.O_ACCMODE != os.O_RDONLY
 
 
 def _told(one: Look, done: bool, what: str) -> dict[str, object]:

@@ -14,7 +14,7 @@ import pytest
 from launch import agent
 from launch.attempts import attempt_folder
 from launch.compose import compose
-from launch.place import Meeting, Place, announce
+from launch.place import Meeting, Place, allocation_problems, announce
 from synthos.files import create_json
 from synthos.run import failure_file
 from synthos.schema import JobConfig
@@ -104,14 +104,14 @@ def test_ranks_share_the_cores_and_import_the_code_of_the_run(monkeypatch: pytes
 def test_an_allocation_that_is_not_the_configs_is_refused_by_name() -> None:
     config = job("cluster=slurm", "nodes=2", "gpus_per_node=4", "batch.micro=1")
     right = Place("12.0", nodes=2)
-    assert agent.allocation_problems(config, right, {"SLURM_GPUS_ON_NODE": "4"}) == []
-    wrong = agent.allocation_problems(config, Place("12.0", nodes=3, tasks=4), {"SLURM_GPUS_ON_NODE": "8"})
+    assert allocation_problems(config, right, {"SLURM_GPUS_ON_NODE": "4"}) == []
+    wrong = allocation_problems(config, Place("12.0", nodes=3, tasks=4), {"SLURM_GPUS_ON_NODE": "8"})
     assert [line.split(";")[0] for line in wrong] == [
         "nodes: the allocation has 3, config.yaml of the run says 2",
         "tasks per node: the allocation has 4, config.yaml of the run says 1",
         "gpus_per_node: the allocation has 8, config.yaml of the run says 4",
     ]
-    assert agent.allocation_problems(config, right, {})[0].startswith("gpus_per_node: the allocation has 0")
+    assert allocation_problems(config, right, {})[0].startswith("gpus_per_node: the allocation has 0")
 
 
 def test_output_is_shown_whole_while_it_grows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

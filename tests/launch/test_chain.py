@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from launch import attempts, render, requeue
+from launch import attempts, chain, render, requeue
 from tests.launch.test_attempts import leave_verdict
 from tests.launch.test_requeue import WORDS
 
@@ -17,7 +17,7 @@ def test_a_chain_ends_with_a_job_that_could_not_begin(tools: Callable[..., Path]
     attempts.amend(folder, 1, job="1.0")
     attempts.refuse(folder, "2.0", "nodes: the allocation has 1")
     asked = tools(sbatch="3", scancel="")
-    assert (requeue.chain(folder), requeue.main(folder)) == (0, 2)
+    assert (chain.queue(folder), requeue.main(folder)) == (0, 2)
     assert asked.read_text().splitlines()[-1] == "scancel 3"
 
 
@@ -26,15 +26,15 @@ def test_a_job_of_a_chain_accounts_for_the_one_before_that_was_lost(
 ) -> None:
     folder, _ = ended("drain", "cluster.requeue=chain")
     tools(scontrol=WORDS["as it runs"], sbatch="3", sinfo="node1 idle\nnode2 down*")
-    assert (requeue.chain(folder), requeue.main(folder)) == (0, 0)
+    assert (chain.queue(folder), requeue.main(folder)) == (0, 0)
     for job in ("3", "4"):  # each with its node
         monkeypatch.setenv("SLURM_JOB_ID", job)
         tools(sbatch=str(int(job) + 1))
-        assert requeue.chain(folder) == 0
+        assert chain.queue(folder) == 0
         attempts.begin(folder, [], job=f"{job}.0", nodes=["node1", "node2"])
     monkeypatch.setenv("SLURM_JOB_ID", "5")
     tools(sbatch="6")
-    assert requeue.chain(folder) == 0
+    assert chain.queue(folder) == 0
     with pytest.raises(RuntimeError, match="no_progress: 3 attempts"):
         attempts.begin(folder, [], job="5.0")
     _, second, third = attempts.records(folder)
@@ -44,7 +44,7 @@ def test_a_job_of_a_chain_accounts_for_the_one_before_that_was_lost(
     attempts.begin(folder, [], job="9.0")
     monkeypatch.setenv("SLURM_JOB_ID", "10")
     tools(sbatch="11")
-    assert requeue.chain(folder) == 0
+    assert chain.queue(folder) == 0
     attempts.begin(folder, [], job="10.0")
     assert attempts.records(folder)[-2]["cause"] == "killed"
 
@@ -52,7 +52,7 @@ def test_a_job_of_a_chain_accounts_for_the_one_before_that_was_lost(
 def test_a_chain_queues_one_successor_and_takes_it_back_at_the_end(tools: Callable[..., Path], ended: Any) -> None:
     folder, config = ended("stop", "cluster.requeue=chain")
     asked = tools(scontrol=WORDS["as it runs"], sbatch="3", scancel="")
-    assert requeue.chain(folder) == 0
+    assert chain.queue(folder) == 0
     line = asked.read_text().splitlines()[-1]
     assert line.startswith("sbatch --parsable --dependency=afterany:2 ") and line.endswith(f"train.sbatch {folder}")
     assert "--no-requeue" in line and "--requeue" not in line.split()
@@ -66,7 +66,7 @@ def test_a_successor_waits_for_nothing_that_the_first_job_has_waited_for(
     """Of two --dependency Slurm would take the last one."""
     folder, _ = ended("drain", "cluster.requeue=chain", "+cluster.sbatch.dependency='afterok:5'")
     asked = tools(sbatch="3")
-    assert requeue.chain(folder) == 0
+    assert chain.queue(folder) == 0
     assert [w for w in asked.read_text().split() if w.startswith("--dependency")] == ["--dependency=afterany:2"]
 
 
@@ -74,7 +74,7 @@ def test_a_successor_has_the_notice_of_its_own_submission(tools: Callable[..., P
     folder, _ = ended("drain", "cluster.requeue=chain")
     (folder / "control" / "heartbeat.json").write_text('{"save_seconds": 400}')
     asked = tools(sbatch="3")
-    assert requeue.chain(folder) == 0 and "--signal=USR2@860" in asked.read_text()
+    assert chain.queue(folder) == 0 and "--signal=USR2@860" in asked.read_text()
     assert f"export {render.NOTICE}=860" in (folder / "slurm" / "job.sh").read_text()
 
 
@@ -83,7 +83,7 @@ def test_a_chain_that_could_not_queue_its_successor_says_so_at_the_end(
 ) -> None:
     folder, _ = ended("drain", "cluster.requeue=chain")
     tools(scontrol=WORDS["as it runs"])
-    assert requeue.chain(folder) == 0 and "sbatch is not on PATH" in capsys.readouterr().err
+    assert chain.queue(folder) == 0 and "sbatch is not on PATH" in capsys.readouterr().err
     assert requeue.main(folder) == 1
     assert "no successor was queued" in attempts.newest_record(folder)["next"]["reason"]
 
@@ -93,17 +93,17 @@ def test_a_successor_ends_at_once_where_nothing_is_left(
 ) -> None:
     folder, _ = ended("drain", "cluster.requeue=chain")
     asked = tools(scontrol=WORDS["as it runs"], sbatch="3", scancel="")
-    assert (requeue.chain(folder), requeue.main(folder)) == (0, 0)
+    assert (chain.queue(folder), requeue.main(folder)) == (0, 0)
     monkeypatch.setenv("SLURM_JOB_ID", "3")
-    assert requeue.chain(folder) == 0 and (folder / "slurm" / "job").read_text() == "3"
+    assert chain.queue(folder) == 0 and (folder / "slurm" / "job").read_text() == "3"
     leave_verdict(folder, status="done", cause="finished", step=9, attempt=1, message="")
     before = asked.read_text()
-    assert requeue.chain(folder) == render.NOTHING_LEFT and asked.read_text() == before
+    assert chain.queue(folder) == render.NOTHING_LEFT and asked.read_text() == before
 
 
 def test_in_a_chain_it_is_the_successor_that_is_told(tools: Callable[..., Path], ended: Any) -> None:
     folder, _ = ended("drain", "cluster.requeue=chain")
     asked = tools(scontrol=WORDS["as it runs"], sbatch="3", scancel="")
     attempts.amend(folder, 1, cause="preflight", bad_nodes=["node2"])
-    assert requeue.chain(folder) == 0 and requeue.main(folder) == 0
+    assert chain.queue(folder) == 0 and requeue.main(folder) == 0
     assert asked.read_text().splitlines()[-1] == "scontrol update JobId=3 ExcNodeList=node2"

@@ -4,7 +4,10 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -15,6 +18,7 @@ import pytest
 
 from launch import attempts, preflight, render, requeue, slurm
 from launch.place import Meeting, Place
+from launch.rundir import hold
 from synthos.data.index import open_index
 from synthos.data.shards import ShardPlace
 from synthos.schema import read_job
@@ -231,6 +235,18 @@ def test_who_wants_a_run_to_stop_that_waits_again_is_heard(tools: Callable[..., 
     stop.touch()
     attempts.begin(folder, [], job="2.1")
     assert stop.exists() and attempts.asked_to_stop(folder)
+
+
+def test_torchrun_whose_agent_was_killed_does_not_keep_a_run_that_has_saved(ended: Any) -> None:
+    """It would wait five minutes for that of another node, which has been killed with its agent."""
+    folder, _ = ended("terminate")
+    wait = [sys.executable, "-c", "import time; time.sleep(60)", "-m", "torch.distributed.run"]
+    with hold(folder) as lock:
+        assert lock is not None
+        orphan = subprocess.Popen(wait, pass_fds=[lock.fileno()])
+    began = time.monotonic()
+    requeue.end_orphans(folder)
+    assert orphan.wait(10) == -signal.SIGKILL and time.monotonic() - began < 50
 
 
 def test_a_question_without_an_answer_is_asked_again(tools: Callable[..., Path], ended: Any, tmp_path: Path) -> None:

@@ -15,8 +15,7 @@ import pytest
 
 from launch import provenance, snapshot
 from launch.commands import gc
-from launch.commands.stop import _holders
-from launch.rundir import hold
+from launch.rundir import hold, holders
 from launch.runs import is_held
 from launch.start import start
 from synthos.run import _open_log, write_verdict
@@ -111,13 +110,13 @@ def test_who_looks_at_a_lock_does_not_hold_it(runs: Runs) -> None:
 
     with (folder / "control" / "lock").open() as look:
         fcntl.flock(look, fcntl.LOCK_SH)
-        assert list(_holders(folder / "control" / "lock")) == []
+        assert list(holders(folder)) == []
         release = threading.Timer(0.3, fcntl.flock, (look, fcntl.LOCK_UN))
         release.start()
         assert start(read_job(folder / "config.yaml"), folder, prepare, following=False) == 1 and prepared
         release.join()
         with hold(folder):
-            assert list(_holders(folder / "control" / "lock")) == [os.getpid()]
+            assert list(holders(folder)) == [os.getpid()]
 
 
 def test_cancel_of_what_does_not_run(runs: Runs, capsys: Capture) -> None:

@@ -1,0 +1,49 @@
+"""Jobs of which each first queues the one that goes on after it (`cluster.requeue=chain`)."""
+
+import os
+import sys
+from pathlib import Path
+
+from launch import attempts, render, slurm
+from launch.place import job_id, job_start
+from launch.rundir import read_state
+from synthos.files import read_json, write_json
+from synthos.schema import JobConfig, read_job
+
+
+def queue(folder: Path) -> int:
+    """Queue the job that goes on when this one has ended, however it ends; render.NOTHING_LEFT where it is done."""
+    config, start = read_job(folder / "config.yaml"), job_start(os.environ)
+    said = read_json(folder / "control" / "successor.json")
+    ours = said.get("job") == start.split(".")[0]  # this job is itself a successor
+    ended = attempts.newest_record(folder).get("next", {}).get("decision") == "end"
+    if read_state(folder).done or (ours and ended):
+        print(f"{folder}: nothing is left to do")
+        return render.NOTHING_LEFT
+    if ours:
+        (folder / "slurm" / "job").write_text(str(said["job"]))
+    (folder / "slurm" / "job.sh").write_text(render.job_file(config, folder))  # with the notice of the successor
+    try:
+        job = slurm.order(successor(config, folder, job_id(os.environ)), render.clean(config.cluster, os.environ))
+    except RuntimeError as error:
+        print(f"error: no successor is queued: {error}", file=sys.stderr)
+        return 0
+    # `after` is for the ledger: which job this one follows, should that have been lost.
+    after = said["of"] if ours else None
+    told = {"job": job.split(";")[0], "of": start.split(".")[0], "after": after}
+    write_json(folder / "control" / "successor.json", told)
+    print(f"job {job} goes on after this one")
+    return 0
+
+
+def successor(config: JobConfig, folder: Path, job: str) -> list[str]:
+    """The sbatch command of the job that follows `job`."""
+    first, *more = render.sbatch(config, folder)
+    kept = [word for word in more if not word.startswith("--dependency=")]  # what the first job waited for is over
+    return [first, "--parsable", f"--dependency=afterany:{job}", *kept]
+
+
+def waiting(folder: Path, start: str) -> str | None:
+    """The job that waits to go on after this start of a job."""
+    said = read_json(folder / "control" / "successor.json")
+    return str(said["job"]) if said.get("of") == start.split(".")[0] else None
