@@ -99,7 +99,7 @@ class _Folder:
         path = folder / "attempts" / f"{self.attempt:04d}" / "attempt.json"
         self.record = _read(path) if self.attempt else {}
         self.verdict, self.beat = _read(control / "verdict.json"), _read(control / "heartbeat.json")
-        self.cancelled = _read(control / CANCELLED)
+        self.cancelled, self.asked = _read(control / CANCELLED), (control / "stop").exists()
         jobs = queue.of(folder)
         running = [job for job in jobs if not job.pending]
         self.job = next(iter(running or jobs), None)
@@ -150,6 +150,8 @@ class _Folder:
         if self.cancelled and (self.cancelled["job"], self.cancelled["attempt"]) == (self._last_job(), self.attempt):
             what = f"job {self.cancelled['job']}" if self.cancelled["job"] else f"attempt {self.attempt}"
             return "cancelled", f"{what} by {self.cancelled['by']}"
+        if is_open and self.verdict.get("attempt") == self.attempt and self.verdict["status"] != "failed":
+            return str(self.verdict["status"]), str(self.verdict["cause"])  # its job was killed before it was closed
         if is_open:
             where = f"on {self.record['host']}, process {self.record['pid']}"
             return "lost", f"attempt {self.attempt} {where} was never closed, and no job and no process is left"
@@ -185,7 +187,7 @@ class _Folder:
         save = 2 * (self.beat.get("save_seconds") or 0)  # two may have to be waited for
         if age > max(STALLED_SECONDS, save) and age > STALLED_STEPS * self._step_seconds():
             return "stalled", f"no heartbeat for {age:.0f} s"
-        return "running", ""
+        return "running", "is asked to stop" if self.asked else ""
 
     def _step_seconds(self) -> float:
         """Median time of the newest steps, or of a call that makes pictures."""

@@ -42,13 +42,14 @@ def _is_run(entry: os.DirEntry[str]) -> bool:
 
 
 def find_one(word: str, root: Path | None = None) -> Path:
-    """The one run that `word` names, below `runs_root()` unless another root is given. Raises ValueError where there is
-    none, or more than one.
+    """The one run that `word` names, below `runs_root()` unless another root is given; rather than a group of several
+    the one run of that name. Raises ValueError where there is none, or more than one.
     """
     found = _matches(word, root)
-    if len(found) > 1:
+    named = [run for run in found if (match := NAME.fullmatch(run.name)) and match["name"] == word]
+    if len(found) > 1 and len(named) != 1:
         raise _ambiguous(word, found)
-    return found[0]
+    return named[0] if len(found) > 1 else found[0]
 
 
 def find_several(words: Sequence[str]) -> list[Path]:

@@ -11,13 +11,15 @@ CAUSES = ("", "drain", "notice", "terminate", "stop", "interrupt")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What the file holds; empty where there is none."""
+    """What the file holds; empty where there is none. Raises ValueError, naming the file, for what is no JSON."""
     if path.parent.is_dir():
         os.listdir(path.parent)  # makes a network file system look again: it remembers that a file was absent
     try:
         value: dict[str, Any] = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError):
         return {}
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
     return value
 
 

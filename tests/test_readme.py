@@ -48,6 +48,8 @@ def test_command_is_understood(page: str, command: str, tmp_path: Path, monkeypa
         assert words[1:] == [".venv/bin/activate"]
     elif command in ("python -m venv .venv", ".venv/bin/pip install -c constraints.txt -e ."):
         assert (ROOT / "constraints.txt").is_file()  # the Makefile installs just so
+    elif words[0] == "eval":
+        assert words[1] == "$(slurm/practice.sh up)" and (ROOT / "slurm" / "practice.sh").is_file()
     elif words[:2] in (["python", "launch/submit.py"], ["synthos", "submit"]):
         monkeypatch.chdir(tmp_path)
         for point in compose_points([w.replace("recipe=<name>", "recipe=i2i") for w in words[2:]]):

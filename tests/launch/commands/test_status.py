@@ -11,6 +11,7 @@ from launch import attempts
 from launch.decision import decide
 from launch.look import look_at
 from launch.rundir import hold
+from synthos.run import write_verdict
 from tests.launch.commands.conftest import BASE, Runs, age_heartbeat, squeue, synthos
 from tests.support import compose_for_test
 
@@ -119,6 +120,34 @@ def test_a_record_that_nobody_closed(runs: Runs, capsys: Capture) -> None:
     assert "attempt 1 on " in str(told["a-00000001"]["detail"]) and "no process is left" in str(
         told["a-00000001"]["detail"]
     )
+
+
+def test_a_run_that_saved_before_its_job_was_killed_is_no_lost_one(runs: Runs, capsys: Capture) -> None:
+    """As by scancel, whose SIGKILL may come before its batch script has closed the record."""
+    folder = runs.add("a-00000001")
+    number = runs.begin(folder, 5)
+    write_verdict(folder, {"status": "stopped", "cause": "terminate", "step": 6, "attempt": number, "message": ""})
+    code, told = look(capsys, "a")
+    assert (code, told["a-00000001"]["state"], told["a-00000001"]["detail"]) == (0, "stopped", "terminate")
+
+
+def test_who_asked_a_run_to_stop_sees_that_it_has_heard(runs: Runs, capsys: Capture) -> None:
+    folder = runs.add("a-00000001")
+    runs.begin(folder, 5)
+    with hold(folder):
+        (folder / "control" / "stop").touch()
+        told = look(capsys, "a")[1]["a-00000001"]
+        assert (told["state"], told["detail"]) == ("running", "is asked to stop")
+
+
+def test_a_run_is_rather_meant_than_a_group_of_its_name(runs: Runs, capsys: Capture) -> None:
+    for name in ("i2i-00000001", "other-00000002"):
+        runs.finished(name, "done")
+    capsys.readouterr()
+    assert synthos("diff", "i2i", "other") == 0
+    synthos("logs", "i2i")
+    assert "i2i-00000001 has no logs yet" in capsys.readouterr().err
+    assert len(look(capsys, "i2i")[1]) == 2  # who only looks sees all
 
 
 def test_without_slurm_a_job_is_unknown_not_lost(
