@@ -32,7 +32,7 @@ def runs(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
 def command(cluster: Cluster, runs: Path, verb: str, *words: str) -> str:
     """What a `synthos` command prints that a user of the cluster gives."""
     line = [sys.executable, "-m", "launch.cli", verb, *words, f"runs_dir={runs}", f"cache_dir={runs / 'cache'}"]
-    done = subprocess.run(line, cwd=ROOT, env=cluster.env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(line, cwd=ROOT, env=cluster.env, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
