@@ -65,7 +65,8 @@ def test_an_array_leaves_out_what_is_done_and_an_element_is_requeued_alone(clust
     assert len({(run / "wandb" / "run_id").read_text() for run in (done, long, short)}) == 3
     assert main(["status", "tries"]) == 0 and main(["logs", f"{job}_1"]) == 0
     # The requeued one is the very run that nothing happens to.
-    command(cluster, runs / "alone", "submit", *same, "optim.steps=200", "cluster=local", "cluster.device=cpu")
+    command(cluster, runs / "alone", "submit", *same, "optim.steps=200", "cluster=local", "cluster.device=cpu",
+            "cluster.threads=1")  # fmt: skip
     (alone,) = (runs / "alone" / "tries").glob("[!.]*")
     assert compare(long, alone) == dict.fromkeys(("losses", "checkpoint", "weights", "samples"), True)
 
