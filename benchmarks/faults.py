@@ -21,8 +21,6 @@ from launch import attempts
 from launch.agent import parents
 from synthos.train.checkpoint_files import STEP
 
-AGENTS = ("launch.agent", "submitit.core._submit")
-
 
 class Victim:
     """A run on a practice cluster.
@@ -61,7 +59,7 @@ class Victim:
     def nodes(self) -> list[str]:
         return list(self.records()[-1]["nodes"])
 
-    def processes(self, *modules: str) -> list[int]:
+    def processes(self, module: str) -> list[int]:
         """The processes that run a module for the run, but torchrun and srun that only start them."""
         found = []
         for pid, _ in parents():
@@ -70,7 +68,7 @@ class Victim:
             except FileNotFoundError:  # it has just ended
                 continue
             starts = any(word in ("torch.distributed.run", "srun") for word in words)
-            if {*modules} & {*words} and not starts and any(str(self.folder) in word for word in words):
+            if module in words and not starts and any(str(self.folder) in word for word in words):
                 found.append(pid)
         return sorted(found)
 
@@ -243,7 +241,7 @@ def rank_killed(run: Victim) -> None:
 
 
 def agent_killed(run: Victim) -> None:
-    os.kill(run.processes(*AGENTS)[-1], signal.SIGKILL)
+    os.kill(run.processes("launch.agent")[-1], signal.SIGKILL)
 
 
 def _preempt(run: Victim) -> None:

@@ -48,12 +48,6 @@ LOCK_SECONDS = 60  # a job may start before the command that submitted it has le
 SHUTDOWN_SECONDS = 600  # torchrun's patience with ranks that save after a signal; its own default is 30
 
 
-def task(folder: str) -> None:
-    """What submitit runs on each node; ends the process where the run has failed."""
-    if code := main(Path(folder)):
-        sys.exit(code)
-
-
 def main(folder: Path) -> int:
     """A Slurm task's part of an attempt of the run in `folder`; 0 if that is done or stopped, else 1 or 2.
 

@@ -2,7 +2,8 @@
 
 `runs/.submits/<uuid>.intent` is written before sbatch is called, and becomes `<uuid>.json` with the id of the job. An
 intent whose submitter has died is settled by the next command that looks: its job is found in the queue by the file
-that it prints to, and adopted. An array is one submission of several runs.
+that it prints to, or by the id that it has written into the run folder, and adopted. It needs nobody to run. An array
+is one submission of several runs.
 """
 
 import json
@@ -88,8 +89,6 @@ def settle(runs_dir: Path) -> list[tuple[Path, str]]:
         return adopted
     for intent in _abandoned(runs_dir):
         if found := _find(intent):
-            if not intent.said["array"]:
-                _give_pickle(intent.folders[0] / "slurm", found)
             adopted += intent.complete(found)
         elif not _in_flight(intent):
             intent._settle({"job": None})
@@ -107,13 +106,16 @@ def pending(runs_dir: Path, folder: Path) -> bool:
 
 
 def _find(intent: Intent) -> str | None:
-    """The job of a submission, or its array, as far as it is in the queue."""
+    """The job of a submission, or its array, as far as it is in the queue or has begun."""
     queue = squeue.jobs_of(intent.folders)
     for index, folder in enumerate(intent.folders):
         for job in queue.of(folder):
             array, _, element = job.job.partition("_")
             if not intent.said["array"] or element == str(index):
                 return array if intent.said["array"] else job.job
+    for told in (folder / "slurm" / "job" for folder in intent.folders):
+        if told.exists() and told.stat().st_mtime > intent.path.stat().st_mtime:  # else it is an earlier job's
+            return told.read_text().partition("_")[0]
     return None
 
 
@@ -129,14 +131,6 @@ def _abandoned(runs_dir: Path) -> Iterator[Intent]:
 
 def _in_flight(intent: Intent) -> bool:
     return time.time() - intent.path.stat().st_mtime < IN_FLIGHT_SECONDS
-
-
-def _give_pickle(folder: Path, job: str) -> None:
-    """What submitit does after sbatch: the pickle gets the name by which the job looks for it."""
-    wanted = folder / f"{job}_submitted.pkl"
-    waiting = [path for path in folder.glob("*.pkl") if "_" not in path.name]
-    if waiting and not wanted.exists():
-        max(waiting, key=lambda path: path.stat().st_mtime).rename(wanted)
 
 
 def _now() -> str:

@@ -1,4 +1,4 @@
-"""What Slurm is told of a job: flags, submitit's batch script, the line for sbatch by hand.
+"""What Slurm is told of a job: flags, the batch script, the line for sbatch by hand.
 
 Pure functions, but that the measured time of a save, and which nodes failed, are read from the run folder.
 """
@@ -152,19 +152,14 @@ def output(folder: Path, job: str = "%j") -> Path:
 
 
 def batch_script(config: JobConfig, folder: Path) -> str:
-    """The script that submitit submits: its job, the agent with the run folder, is pickled in the folder `slurm`."""
+    """The script that submitit submits. It does what `slurm/train.sbatch` does, in an environment that is clean."""
     lines = [
         f"#SBATCH {flag(key, value and shlex.quote(value))}" for key, value in sorted(flags(config, folder).items())
     ]
-    command = [*srun(config), python(config.cluster), "-u", "-m", "submitit.core._submit", str(folder / "slurm")]
-    run = [
-        *enter(folder),
-        *attempts(config, folder),
-        "export SUBMITIT_EXECUTOR=slurm",
-        f"attempts {shlex.join(command)}",
-        "",
-    ]
-    return "\n".join(["#!/bin/bash", *lines, "", "set -eo pipefail", *config.cluster.setup, *run])
+    told = f'echo -n "$SLURM_JOB_ID" >{shlex.quote(str(folder / "slurm" / "job"))}'
+    command = shlex.join([*srun(config), python(config.cluster), "-u", "-m", "launch.agent", str(folder)])
+    run = [*config.cluster.setup, *enter(folder), *attempts(config, folder), f"attempts {command}", ""]
+    return "\n".join(["#!/bin/bash", *lines, "", "set -eo pipefail", told, *run])
 
 
 def attempts(config: JobConfig, folder: Path, notice: int | None = None) -> list[str]:

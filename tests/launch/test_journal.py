@@ -77,13 +77,10 @@ def test_the_job_of_a_dead_submitter_is_adopted(
     folder: Path, abandoned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = folder.parents[1]
-    (folder / "slurm" / "0123abcd.pkl").write_text("the job")
-    (folder / "slurm" / "40_submitted.pkl").write_text("an earlier job")
     queue(tmp_path, monkeypatch, folder / "slurm" / "41.out")
     assert pending(runs, folder) and not pending(runs, folder.with_name("another"))
     assert settle(runs) == [(folder, "41")]
     assert (folder / "slurm" / "job").read_text() == "41" and not abandoned.exists()
-    assert (folder / "slurm" / "41_submitted.pkl").read_text() == "the job"
     assert [record["job"] for record in records(runs)] == ["41"]
     assert settle(runs) == [] and not pending(runs, folder)
 
@@ -108,6 +105,25 @@ def test_the_job_of_another_run_of_that_name_is_not_adopted(
 ) -> None:
     queue(tmp_path, monkeypatch, tmp_path / "elsewhere" / "i2i-1a2b3c4d" / "slurm" / "41.out")
     assert settle(folder.parents[1]) == [] and abandoned.exists()
+
+
+@pytest.mark.parametrize(("told", "array"), [("41", False), ("41_1", True)])
+def test_a_job_that_has_ended_is_adopted_by_what_it_wrote(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: str, array: bool
+) -> None:
+    """Nobody looked while it was in the queue; an earlier job's id is older than the submission."""
+    runs, other = folder.parents[1], folder.with_name("i2i-5e6f7a8b")
+    (other / "slurm").mkdir(parents=True)
+    earlier = folder / "slurm" / "job"
+    earlier.write_text("40")
+    os.utime(earlier, (time.time() - 5, time.time() - 5))
+    folders = [folder, other][: 1 + array]
+    assert subprocess.run([sys.executable, "-c", DIES, runs, *folders], timeout=60).returncode == -9
+    queue(tmp_path, monkeypatch, None)
+    assert settle(runs) == [] and pending(runs, folder)
+    (folders[-1] / "slurm" / "job").write_text(told)
+    assert settle(runs) == [(run, f"41_{index}" if array else "41") for index, run in enumerate(folders)]
+    assert [record["job"] for record in records(runs)] == ["41"]
 
 
 def test_a_submission_without_a_job_is_closed_when_none_can_come(
@@ -170,7 +186,6 @@ def test_a_submission_without_an_answer_is_not_forgotten(
     assert said in (told := capsys.readouterr().err) and (journal.WAIT in told) == bool(open_intents)
     assert len(list((runs / FOLDER).glob("*.intent"))) == open_intents
     assert settle(runs) == [(folder, "41")] * open_intents
-    assert len(list((folder / "slurm").glob("41_submitted.pkl"))) == open_intents
 
 
 def test_a_living_submitter_is_left_alone(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

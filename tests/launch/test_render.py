@@ -105,7 +105,7 @@ def test_odd_paths_are_quoted() -> None:
 
 
 def test_submitit_would_say_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its own page for the same wishes: the flags that it knows, and the command that runs its pickled job."""
+    """Its own page for the same wishes: the flags that it knows, and that one task of each node starts our agent."""
     from submitit import SlurmExecutor
 
     (tmp_path / "srun").write_text("#!/bin/sh\n")
@@ -121,10 +121,8 @@ def test_submitit_would_say_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for flag in (*known, "open-mode"):
         (line,) = [line for line in page if line.startswith(f"#SBATCH --{flag}=")]
         assert line in made
-    assert "export SUBMITIT_EXECUTOR=slurm" in page and "export SUBMITIT_EXECUTOR=slurm" in made
-    for script in (page, made):
-        (command,) = [line for line in script if "srun " in line and not line.startswith("#")]
-        assert command.endswith(f" {theirs._submitit_command_str}")
+    (command,) = [line for line in made if "srun " in line and not line.startswith("#")]
+    assert command.endswith(f" {sys.executable} -u -m launch.agent {FOLDER}")
 
 
 def test_the_batch_script_outlives_the_signals_of_slurm(tmp_path: Path) -> None:

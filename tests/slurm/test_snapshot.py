@@ -109,18 +109,18 @@ def test_an_array_whose_submitter_was_killed_is_adopted(bench: Bench, dying: Ben
     bench.cluster.run("scancel", *own)
 
 
-def test_a_job_whose_submitter_was_killed_is_adopted(bench: Bench, dying: Bench) -> None:
+def test_a_job_whose_submitter_was_killed_runs_and_is_adopted(bench: Bench, dying: Bench) -> None:
+    """It needs no command of ours to begin; the array above is adopted while it waits."""
     killed = dying.submit("killed", *ONE)
     assert killed.returncode == -9
     folder, runs = bench.run("killed"), bench.folder / "killed"
     assert not (folder / "slurm" / "job").exists() and len(list((runs / FOLDER).glob("*.intent"))) == 1
-    listed = bench.cluster.run("squeue", "--noheader", f"--name={folder.name}", "--format=%i").stdout.split()
-    again = bench.submit("killed", *ONE)
-    assert again.returncode == 0 and f"job {listed[0]} of {folder} is recorded now" in again.stderr, again.stderr
-    assert f"has job {listed[0]} already, PENDING" in again.stderr
-    assert bench.cluster.run("squeue", "--noheader", f"--name={folder.name}", "--format=%i").stdout.split() == listed
-    (record,) = [json.loads(path.read_text()) for path in (runs / FOLDER).iterdir()]
-    assert record["job"] == listed[0] == (folder / "slurm" / "job").read_text()
-    bench.cluster.run("scontrol", "release", listed[0])
-    assert bench.wait(listed[0]) == "COMPLETED"
+    (job,) = bench.cluster.run("squeue", "--noheader", f"--name={folder.name}", "--format=%i").stdout.split()
+    bench.cluster.run("scontrol", "release", job)
+    assert bench.wait(job) == "COMPLETED"
     wait_until(lambda: newest_record(folder).get("status") == "done", "the run's verdict")
+    again = bench.submit("killed", *ONE)
+    assert again.returncode == 0 and f"job {job} of {folder} is recorded now" in again.stderr, again.stderr
+    assert f"{folder} is done" in again.stdout
+    (record,) = [json.loads(path.read_text()) for path in (runs / FOLDER).iterdir()]
+    assert record["job"] == job == (folder / "slurm" / "job").read_text()
