@@ -2,12 +2,14 @@
 
 A record is never deleted, and one at most is open, without `ended`. What a closed one says: `status` (done, stopped,
 failed), `cause`, `message`, `end_step`, `samples` (images before and after it), `checkpoint_in` and `checkpoint_out`
-(steps), `bad_nodes` (which failed), and `next`, what was decided to come after it.
+(steps), `bad_nodes` (which failed), `rank` (that was killed), and `next`, what was decided to come after it.
 """
 
 import dataclasses
 import json
 import os
+import re
+import signal
 import socket
 import time
 from collections.abc import Sequence
@@ -20,7 +22,7 @@ from launch.compose import CHECKOUT
 from launch.decision import decide
 from launch.provenance import environment_facts
 from launch.rundir import read_state
-from synthos.files import read_cause, read_json, write_json
+from synthos.files import read_cause, read_json, tail, write_json
 from synthos.run import read_verdict
 from synthos.schema import RunConfig, read_job
 
@@ -28,6 +30,9 @@ SIGNAL_CAUSES = ("interrupt", "terminate", "notice", "drain")  # of one attempt:
 EXIT_CODES = {"interrupt": 130, "terminate": 143}  # 128 + the signal's number, as shells have it
 BY_SLURM = "Slurm has started the run again"
 NO_VERDICT = "the processes ended without a verdict"
+KILLED = re.compile(r"^ *rank +: (\d+) .*\n *exitcode +: -(\d+) ", re.MULTILINE)  # in torchrun's table of failures
+KILLERS = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS)  # which no rank sends itself, or its peers
+TABLE_BYTES = 65536  # of the end of a log, in which it stands
 
 
 def begin(folder: Path, command: list[str], checkout: Path = CHECKOUT, job: str = "", nodes: Sequence[str] = ()) -> int:
@@ -105,6 +110,16 @@ def amend(folder: Path, number: int, **known: Any) -> None:
     """Write into the record of an attempt what became known of it."""
     path = attempt_folder(folder, number) / "attempt.json"
     write_json(path, read_json(path) | known)
+
+
+def killed_rank(folder: Path, number: int) -> dict[str, Any]:
+    """What torchrun has seen of a rank that was killed, of whom its peers can only tell that it is gone."""
+    for log in sorted(attempt_folder(folder, number).glob("node-*.log")):
+        for rank, name in KILLED.findall(tail(log, TABLE_BYTES)):
+            if int(name) in KILLERS:
+                message = f"rank {rank} was ended by {signal.Signals(int(name)).name}"
+                return {"cause": "killed", "rank": int(rank), "message": message}
+    return {}
 
 
 def _close(folder: Path, number: int, verdict: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from launch import squeue
 from launch.runs import is_held, signature
 from launch.tell import duration
+from synthos.files import tail
 from synthos.run import failure_file
 from synthos.schema import GenerateConfig, RunConfig, read_job
 
@@ -221,16 +222,6 @@ def step_rates(metrics: Path) -> list[float]:
         if '"train/samples_per_s"' in line and line.startswith("{") and line.endswith("}"):
             rates.append(float(json.loads(line)["train/samples_per_s"]))
     return rates
-
-
-def tail(path: Path, size: int) -> str:
-    """The last `size` bytes of a text file; empty where there is none."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - size))
-            return file.read().decode("utf-8", "replace")
-    except FileNotFoundError:
-        return ""
 
 
 def _read(path: Path) -> dict[str, Any]:

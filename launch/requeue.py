@@ -101,8 +101,11 @@ def _decide(folder: Path, cluster: ClusterConfig, job: slurm.Job | None, in_slur
     number, told = record["attempt"], read_cause(folder / "control" / "stop")
     left = _seconds_left(job, _notice_seconds(folder, cluster))
     known = refine(record, job, left, told) if job else {}
-    if known.get("cause", record["cause"]) in CRASHES and (unseen := preflight.unseen(folder, record)):
-        known = {"cause": "preflight", "bad_nodes": unseen}
+    if known.get("cause", record["cause"]) in CRASHES:
+        if unseen := preflight.unseen(folder, record):
+            known = {"cause": "preflight", "bad_nodes": unseen}
+        else:
+            known |= attempts.killed_rank(folder, number)
     attempts.amend(folder, number, **known)
     asked = told in ("stop", "interrupt")
     decision = decide(attempts.records(folder), cluster, datetime.now(UTC), asked, in_slurm, left)

@@ -1,4 +1,4 @@
-"""Small JSON files by which the processes of a run tell each other things, also over a network file system."""
+"""Files by which the processes of a run tell each other things, also over a network file system: small JSON, logs."""
 
 import json
 import os
@@ -49,6 +49,16 @@ def read_cause(file: Path) -> str:
     except (ValueError, AttributeError):
         cause = "stop"
     return cause if cause in CAUSES[1:] else "stop"
+
+
+def tail(path: Path, size: int) -> str:
+    """The last `size` bytes of a text file; empty where there is none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - size))
+            return file.read().decode("utf-8", "replace")
+    except FileNotFoundError:
+        return ""
 
 
 def _part(path: Path, value: Any) -> Path:

@@ -3,13 +3,14 @@
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from launch import squeue
 from launch.attempts import attempt_folder
-from launch.look import look, tail
+from launch.look import look
 from launch.runs import find_one
 from launch.tell import new_parser, print_json, warn
-from synthos.files import read_json
+from synthos.files import read_json, tail
 from synthos.run import failure_file
 
 POLL_SECONDS = 0.5
@@ -36,7 +37,7 @@ def main(arguments: list[str]) -> int:
     attempt = args.attempt if args.attempt is not None else (attempts[-1] if attempts else 0)
     if args.follow:
         return _follow(folder, args.rank, args.lines)
-    failure = read_json(failure_file(folder, attempt)) if attempt else {}
+    failure = _failure(folder, attempt) if attempt else {}
     files = log_files(folder, attempt, args.rank, failure.get("rank"))
     if args.json:
         shown = [{"file": str(file), "lines": _last_lines(file, args.lines)} for file in files]
@@ -44,6 +45,13 @@ def main(arguments: list[str]) -> int:
     else:
         _print(folder, attempt, failure, files, args.lines)
     return int(not files)
+
+
+def _failure(folder: Path, attempt: int) -> dict[str, Any]:
+    """What failed first: the rank that was killed, or else the first to say something."""
+    record = read_json(attempt_folder(folder, attempt) / "attempt.json")
+    killed = {key: record[key] for key in ("cause", "message", "rank")} if "rank" in record else {}
+    return read_json(failure_file(folder, attempt)) | killed
 
 
 def log_files(folder: Path, attempt: int, rank: int | None, failed: int | None) -> list[Path]:

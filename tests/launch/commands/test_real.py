@@ -3,15 +3,17 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from launch.agent import kill
+from launch.agent import kill, parents
 from launch.attempts import newest_record
 from launch.cli import main
 from launch.rundir import read_state
@@ -80,6 +82,31 @@ def test_cancel_resume_and_stop(
     record = newest_record(folder)
     assert (record["start_step"], record["cause"]) == (step, "stop") and record["end_step"] > step
     assert main(["logs", "i2i", "--rank", "0"]) == 0
+
+
+def test_the_rank_that_was_killed_is_named_and_not_the_one_that_missed_it(
+    started: list[subprocess.Popen[bytes]], arguments: list[str], tmp_path: Path, capsys: Capture
+) -> None:
+    kept = [word for word in arguments if word.split("=")[0] not in ("cluster", "optim.steps")]
+    process = start(started, "submit", *kept, "cluster=local", "optim.steps=100000", "gpus_per_node=2")
+    folder = wait_for(process, tmp_path / "runs", capsys, 1)
+    os.kill(process_of(folder, rank=1), signal.SIGKILL)
+    assert process.wait(timeout=120) == 1
+    record = newest_record(folder)
+    assert (record["cause"], record["message"]) == ("killed", "rank 1 was ended by SIGKILL")
+    assert main(["logs", "i2i"]) == 0
+    assert capsys.readouterr().out.startswith("attempt 1 failed first at rank 1: rank 1 was ended by SIGKILL")
+
+
+def process_of(folder: Path, rank: int) -> int:
+    """The process of a rank of a run; torchrun, which starts it, is told of none."""
+    for pid, _ in parents():
+        with suppress(OSError):  # it has just ended, or is not ours
+            variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            if f"RANK={rank}".encode() in variables and str(folder).encode() in words:
+                return pid
+    raise AssertionError(f"no process of rank {rank}")
 
 
 def test_retry_once_the_fault_is_gone(
