@@ -117,8 +117,7 @@ def killed_rank(folder: Path, number: int) -> dict[str, Any]:
     for log in sorted(attempt_folder(folder, number).glob("node-*.log")):
         for rank, name in KILLED.findall(tail(log, TABLE_BYTES)):
             if int(name) in KILLERS:
-                message = f"rank {rank} was ended by {signal.Signals(int(name)).name}"
-                return {"cause": "killed", "rank": int(rank), "message": message}
+                return {"cause": "killed", "rank": int(rank), "message": f"ended by {signal.Signals(int(name)).name}"}
     return {}
 
 

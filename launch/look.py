@@ -209,7 +209,7 @@ class _Folder:
             return "failed", f"{cause}: {following['reason']}"  # it was to go on, and will not
         if status == "failed":
             own = self.verdict if self.verdict.get("attempt") == self.attempt else {}
-            told = _read(failure_file(self.folder, self.attempt)) or own
+            told = self.record if "rank" in self.record else _read(failure_file(self.folder, self.attempt)) or own
             where = f"rank {told['rank']}: " if "rank" in told else ""
             return "failed", f"{where}{told.get('message') or cause}"
         return str(status), "" if status == "done" else str(cause)

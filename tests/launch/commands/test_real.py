@@ -93,9 +93,10 @@ def test_the_rank_that_was_killed_is_named_and_not_the_one_that_missed_it(
     os.kill(process_of(folder, rank=1), signal.SIGKILL)
     assert process.wait(timeout=120) == 1
     record = newest_record(folder)
-    assert (record["cause"], record["message"]) == ("killed", "rank 1 was ended by SIGKILL")
+    assert (record["cause"], record["rank"], record["message"]) == ("killed", 1, "ended by SIGKILL")
     assert main(["logs", "i2i"]) == 0
-    assert capsys.readouterr().out.startswith("attempt 1 failed first at rank 1: rank 1 was ended by SIGKILL")
+    assert capsys.readouterr().out.startswith("attempt 1 failed first at rank 1: ended by SIGKILL\n")
+    assert main(["status", "i2i"]) == 1 and "rank 1: ended by SIGKILL" in capsys.readouterr().out
 
 
 def process_of(folder: Path, rank: int) -> int:
