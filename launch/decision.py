@@ -16,7 +16,7 @@ ENDS = {  # causes after which nothing starts by itself
     "stop": "somebody asked it to stop",
     "interrupt": "it was interrupted",
     "terminate": "it was told to end",
-    "cancelled": "the job was cancelled",
+    "cancelled": "it was cancelled",
     "config": "it would fail again in the same way",
 }
 CRASHES = ("crash", "killed")  # a restart in the same allocation

@@ -25,7 +25,7 @@ from synthos.schema import ClusterConfig, read_job
 
 ORPHAN_SECONDS = 600  # for ranks whose agent was killed: they save and end
 LIMIT_SLACK_SECONDS = 120  # Slurm's notice comes up to a minute early
-ASKED = ("stop", "interrupt")
+ASKED = ("stop", "cancelled", "interrupt")  # by a person
 PAUSES_SECONDS = (5, 25)  # before a controller that is busy, or starts again, is asked once more
 
 Answer = TypeVar("Answer")
@@ -107,7 +107,7 @@ def _decide(folder: Path, cluster: ClusterConfig, job: slurm.Job | None, in_slur
         else:
             known |= attempts.killed_rank(folder, number)
     attempts.amend(folder, number, **known)
-    asked = told in ("stop", "interrupt")
+    asked = told in ASKED
     decision = decide(attempts.records(folder), cluster, datetime.now(UTC), asked, in_slurm, left)
     attempts.amend(folder, number, next={"decision": decision.decision, "reason": decision.reason})
     again = f" in {decision.wait_seconds} s" if decision.wait_seconds else ""
@@ -152,7 +152,7 @@ def refine(record: Mapping[str, Any], job: slurm.Job, seconds_left: float, told:
     Where the job goes on it was srun's, which ends the other agents once one of them has failed.
     """
     cause = record["cause"]
-    if record["status"] == "done" or cause in ("stop", "interrupt", "config"):
+    if record["status"] == "done" or cause in (*ASKED, "config"):
         return {}
     over, requeued = job.state != "RUNNING", _requeued(job, record["job"])
     # A job that somebody cancels because a node hangs is not to come back.

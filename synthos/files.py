@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 # Why a run is asked to stop. Of rising rank, so that a wish of a person is not lost in a signal; ranks send the index.
-CAUSES = ("", "drain", "notice", "terminate", "stop", "interrupt")
+CAUSES = ("", "drain", "notice", "terminate", "cancelled", "stop", "interrupt")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def _end(folder: Path, one: Look, jobs: Sequence[squeue.Job]) -> tuple[bool, str
     control = folder / "control"
     written = [file for file in (control / CANCELLED, control / "stop") if not file.exists()]
     write_json(control / CANCELLED, record)
-    write_json(control / "stop", {"cause": "stop"})
+    write_json(control / "stop", {"cause": "cancelled"})
     if not jobs:
         for pid in pids:
             with suppress(ProcessLookupError):  # it was faster

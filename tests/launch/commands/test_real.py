@@ -71,7 +71,7 @@ def test_cancel_resume_and_stop(
     assert "got SIGTERM, saves and ends" in capsys.readouterr().out
     assert first.wait(timeout=60) in (0, 143) and state(capsys, folder) == "cancelled"
     step = read_state(folder).step
-    assert step is not None and step > 0
+    assert step is not None and step > 0 and newest_record(folder)["cause"] == "cancelled"
 
     second = start(started, "resume", "i2i", "gpus_per_node=1")
     wait_for(second, tmp_path / "runs", capsys, 2)
