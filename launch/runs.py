@@ -21,6 +21,8 @@ def runs_root() -> Path:
 
 def all_runs(root: Path) -> list[Path]:
     """Every run folder below `root`, by group and name. Raises ValueError where `root` can't be read."""
+    if root == RUNS and not root.exists():  # nothing was submitted from this checkout yet
+        return []
     try:
         groups = sorted(entry.path for entry in os.scandir(root) if _is_group(entry))
         return [

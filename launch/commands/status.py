@@ -69,11 +69,15 @@ def _look(words: Sequence[str]) -> tuple[list[Look], int, str]:
 
 
 def _watch(words: Sequence[str], every: float) -> int:
-    with Live(console=console(), auto_refresh=False) as live:
+    screen = console()
+    with Live(console=screen, auto_refresh=False) as live:
         try:
             while True:
                 looks, _, problem = _look(words)
-                live.update(_table(looks, problem), refresh=True)
+                if screen.is_terminal:
+                    live.update(_table(looks, problem), refresh=True)
+                else:  # where nothing can be drawn anew
+                    screen.print(_table(looks, problem))
                 if words and not any(one.goes_on for one in looks):
                     return int(any(one.wrong for one in looks))
                 time.sleep(every)

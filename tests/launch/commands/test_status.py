@@ -1,9 +1,11 @@
 """`synthos status` and `ls`: what is said of a run is what its files, its lock and its job say."""
 
 import json
+import re
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+from threading import Timer
 
 import pytest
 
@@ -282,6 +284,18 @@ def test_watching_ends_with_the_run(runs: Runs, capsys: Capture) -> None:
     assert synthos("status", "--watch", "b", "--every", "0.1") == 1
 
 
+def test_watching_into_a_file_prints_every_look(runs: Runs, capsys: Capture) -> None:
+    folder = runs.add("a-00000001")
+    number = runs.begin(folder, 3)
+    with hold(folder):
+        closing = Timer(1, lambda: runs.end(folder, number, "done"))
+        closing.start()
+        assert synthos("status", "--watch", "a", "--every", "0.2") == 0
+    closing.join()
+    states = re.findall(r"a-00000001 +(\w+)", capsys.readouterr().out)
+    assert states[0] == "running" and states[-1] == "done" and len(states) > 2
+
+
 def test_a_near_miss_is_named(runs: Runs, capsys: Capture) -> None:
     runs.add("photos-0000abcd")
     assert synthos("status", "fotos") == 2
@@ -302,3 +316,7 @@ def test_no_folder_of_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setenv("SYNTHOS_RUNS", str(tmp_path / "none"))
     assert synthos("status") == 2
     assert f"{tmp_path / 'none'} can't be read: No such file or directory" in capsys.readouterr().err
+    monkeypatch.delenv("SYNTHOS_RUNS")
+    monkeypatch.setattr("launch.runs.RUNS", tmp_path / "runs")  # of a new checkout
+    assert synthos("status") == synthos("ls") == 0
+    assert capsys.readouterr().out == 2 * f"no runs to show in {tmp_path / 'runs'}\n"
