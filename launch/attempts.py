@@ -8,8 +8,6 @@ failed), `cause`, `message`, `end_step`, `samples` (images before and after it),
 import dataclasses
 import json
 import os
-import re
-import signal
 import socket
 import time
 from collections.abc import Sequence
@@ -22,17 +20,15 @@ from launch.compose import CHECKOUT
 from launch.decision import decide
 from launch.provenance import environment_facts
 from launch.rundir import read_state
-from synthos.files import read_cause, read_json, tail, write_json
+from synthos.files import read_cause, read_json, write_json
 from synthos.run import read_verdict
 from synthos.schema import RunConfig, read_job
 
 SIGNAL_CAUSES = ("interrupt", "terminate", "notice", "drain")  # of one attempt: the next knows nothing of them
 EXIT_CODES = {"interrupt": 130, "terminate": 143}  # 128 + the signal's number, as shells have it
 BY_SLURM = "Slurm has started the run again"
+CANCELLED = "cancelled.json"  # in control/: which job and attempt a person cancelled
 NO_VERDICT = "the processes ended without a verdict"
-KILLED = re.compile(r"^ *rank +: (\d+) .*\n *exitcode +: -(\d+) ", re.MULTILINE)  # in torchrun's table of failures
-KILLERS = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS)  # which no rank sends itself, or its peers
-TABLE_BYTES = 65536  # of the end of a log, in which it stands
 
 
 def begin(folder: Path, command: list[str], checkout: Path = CHECKOUT, job: str = "", nodes: Sequence[str] = ()) -> int:
@@ -85,6 +81,8 @@ def end(folder: Path, number: int, patience_seconds: float = 0) -> dict[str, Any
         verdict = read_verdict(folder)
     if verdict.get("attempt") != number:
         verdict = {"status": "failed", "cause": "killed", "step": None, "attempt": number, "message": NO_VERDICT}
+    if verdict["cause"] == "terminate" and is_cancelled(folder, number):
+        verdict = {**verdict, "cause": "cancelled"}  # the signal was faster than the file
     _close(folder, number, verdict)
     return verdict
 
@@ -110,15 +108,6 @@ def amend(folder: Path, number: int, **known: Any) -> None:
     """Write into the record of an attempt what became known of it."""
     path = attempt_folder(folder, number) / "attempt.json"
     write_json(path, read_json(path) | known)
-
-
-def killed_rank(folder: Path, number: int) -> dict[str, Any]:
-    """What torchrun has seen of a rank that was killed, of whom its peers can only tell that it is gone."""
-    for log in sorted(attempt_folder(folder, number).glob("node-*.log")):
-        for rank, name in KILLED.findall(tail(log, TABLE_BYTES)):
-            if int(name) in KILLERS:
-                return {"cause": "killed", "rank": int(rank), "message": f"ended by {signal.Signals(int(name)).name}"}
-    return {}
 
 
 def _close(folder: Path, number: int, verdict: dict[str, Any]) -> None:
@@ -157,6 +146,8 @@ def _close_lost(folder: Path, job: str) -> None:
         if verdict.get("attempt") != number:
             message = f"told to stop ({stop}), and gone before it had saved" if stop else "it was never heard of again"
             cause = "killed" if not _follows(folder, record, job) else "terminate" if stop else "node_failure"
+            if is_cancelled(folder, number):
+                cause, message = "cancelled", "gone before it had saved"
             verdict = {"status": "failed", "cause": cause, "step": None, "message": message}
         _close(folder, number, verdict)
 
@@ -226,6 +217,11 @@ def forget_signal(folder: Path) -> None:
     stop = folder / "control" / "stop"
     if stop.is_file() and not asked_to_stop(folder):
         stop.unlink()
+
+
+def is_cancelled(folder: Path, number: int) -> bool:
+    """Whether a person has cancelled this attempt, by our command."""
+    return bool(read_json(folder / "control" / CANCELLED).get("attempt") == number)
 
 
 def is_left_open(folder: Path, job: str) -> bool:

@@ -45,7 +45,7 @@ def local(config: JobConfig, folder: Path, lock: IO[str]) -> int:
 
 
 def submitit(config: JobConfig, folder: Path, lock: IO[str]) -> int:
-    """A job of one agent per node, in a batch script of ours: what submitit would pickle is the run folder's."""
+    """A job of one agent per node, whose only argument is the run folder: nothing is pickled."""
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
     (folder / "slurm").mkdir(exist_ok=True)
@@ -53,7 +53,7 @@ def submitit(config: JobConfig, folder: Path, lock: IO[str]) -> int:
     with journal.intend(Path(config.runs_dir), [folder]) as intent:
         try:
             with environment(render.clean(config.cluster, os.environ)):
-                job = executor(config, folder)._submit_command("")  # the page below has it
+                job = executor(config, folder)._submit_command("")  # it stands in the script
         except (FailedJobError, FailedSubmissionError) as error:
             said = slurm.words(str(error))
             if isinstance(error, FailedJobError) and not UNANSWERED.search(said):

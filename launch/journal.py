@@ -1,7 +1,7 @@
 """The submit journal: what was about to be submitted, so that no job is lost between sbatch and the record of its id.
 
 `runs/.submits/<uuid>.intent` is written before sbatch is called, and becomes `<uuid>.json` with the id of the job. An
-intent whose submitter has died is settled by the next command that looks: its job is found in the queue by the file
+intent whose submitter has died is settled by the next command that submits: its job is found in the queue by the file
 that it prints to, or by the id that it has written into the run folder, and adopted. It needs nobody to run. An array
 is one submission of several runs.
 """
@@ -64,6 +64,7 @@ def intend(runs_dir: Path, folders: Sequence[Path], array: bool = False) -> Iter
     said = {
         "folders": [*map(str, folders)],
         "array": array,
+        "before": [*map(_told, folders)],
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "begun": _now(),
@@ -108,15 +109,20 @@ def pending(runs_dir: Path, folder: Path) -> bool:
 def _find(intent: Intent) -> str | None:
     """The job of a submission, or its array, as far as it is in the queue or has begun."""
     queue = squeue.jobs_of(intent.folders)
-    for index, folder in enumerate(intent.folders):
-        for job in queue.of(folder):
-            array, _, element = job.job.partition("_")
-            if not intent.said["array"] or element == str(index):
-                return array if intent.said["array"] else job.job
-    for told in (folder / "slurm" / "job" for folder in intent.folders):
-        if told.exists() and told.stat().st_mtime > intent.path.stat().st_mtime:  # else it is an earlier job's
-            return told.read_text().partition("_")[0]
+    for index, (folder, before) in enumerate(zip(intent.folders, intent.said["before"], strict=True)):
+        for job in (*(one.job for one in queue.of(folder)), _told(folder)):
+            array, _, element = job.partition("_")
+            if job not in ("", before) and element == (str(index) if intent.said["array"] else ""):
+                return array
     return None
+
+
+def _told(folder: Path) -> str:
+    """The id of the last job that is known to a run."""
+    try:
+        return (folder / "slurm" / "job").read_text()
+    except FileNotFoundError:
+        return ""
 
 
 def _abandoned(runs_dir: Path) -> Iterator[Intent]:

@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any
 
 from launch import squeue
+from launch.attempts import CANCELLED
 from launch.runs import is_held, signature
 from launch.tell import duration
 from synthos.files import tail
@@ -22,7 +23,6 @@ STALLED_SECONDS = 60.0  # without a heartbeat, or
 STALLED_STEPS = 3  # so many median steps, whatever is longer
 STARTING_SECONDS = 3600.0  # to the first step, with loading, restoring and a validation before it
 TAIL_BYTES = 2**16  # of metrics.jsonl: the newest steps
-CANCELLED = "cancelled.json"  # in control/: which job a person cancelled
 NO_PROGRESS = "no_progress"  # begins the reason of `launch.decision` for giving up
 ALIVE = ("queued", "starting", "running", "stalled")
 WRONG = ("stalled", "failed", "cancelled", "lost", "unknown", "unreadable")

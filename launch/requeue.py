@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from launch import attempts, chain, preflight, render, slurm
 from launch.decision import CRASHES, Decision, decide
+from launch.failures import killed_rank
 from launch.place import job_id, job_start, node_names
 from launch.rundir import hold, holders
 from synthos.files import create_json, read_cause, write_json
@@ -61,7 +62,8 @@ def main(folder: Path) -> int:
 
 def is_undone(record: Mapping[str, Any]) -> bool:
     """Whether a run has ended with this attempt, on which it was decided, and nobody wanted that."""
-    ended = record["next"]["decision"] == "end" and record["status"] != "done" and record["cause"] not in ASKED
+    wanted = record["status"] == "done" or record["cause"] in ("stop", "interrupt")
+    ended = record["next"]["decision"] == "end" and not wanted
     return ended or "failed" in record["next"]
 
 
@@ -105,14 +107,15 @@ def _decide(folder: Path, cluster: ClusterConfig, job: slurm.Job | None, in_slur
         if unseen := preflight.unseen(folder, record):
             known = {"cause": "preflight", "bad_nodes": unseen}
         else:
-            known |= attempts.killed_rank(folder, number)
+            known |= killed_rank(folder, number)
     attempts.amend(folder, number, **known)
     asked = told in ASKED
     decision = decide(attempts.records(folder), cluster, datetime.now(UTC), asked, in_slurm, left)
     attempts.amend(folder, number, next={"decision": decision.decision, "reason": decision.reason})
     again = f" in {decision.wait_seconds} s" if decision.wait_seconds else ""
     cause = known.get("cause", record["cause"])
-    print(f"attempt {number}: {cause}; {decision.decision}{again}: {decision.reason}", flush=True)
+    who = f" (rank {known['rank']} {known['message']})" if "rank" in known else ""
+    print(f"attempt {number}: {cause}{who}; {decision.decision}{again}: {decision.reason}", flush=True)
     return decision
 
 

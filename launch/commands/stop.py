@@ -10,7 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from launch import slurm, squeue
-from launch.look import CANCELLED, Look, look
+from launch.attempts import CANCELLED
+from launch.look import Look, look
 from launch.rundir import holders
 from launch.runs import find_several
 from launch.tell import new_parser, print_json, warn

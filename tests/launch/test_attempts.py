@@ -157,5 +157,22 @@ def test_exit_codes(status: str, cause: str, code: int) -> None:
     assert attempts.exit_code({"status": status, "cause": cause}) == code
 
 
+def test_a_cancelled_attempt_is_called_so_however_it_ended(tmp_path: Path) -> None:
+    """Its signal may have been heard before its file; or a job had to end before it had saved."""
+    said = tmp_path / "control" / attempts.CANCELLED
+    said.parent.mkdir()
+    attempts.begin(tmp_path, [])
+    said.write_text(json.dumps({"job": "", "attempt": 1}))
+    leave_verdict(tmp_path, status="stopped", cause="terminate", step=7, attempt=1, message="")
+    assert attempts.end(tmp_path, 1)["cause"] == "cancelled"
+    attempts.begin(tmp_path, [], job="12.0")
+    said.write_text(json.dumps({"job": "12", "attempt": 2}))
+    attempts.begin(tmp_path, [], job="13.0")
+    record = attempts.records(tmp_path)[1]
+    assert (record["cause"], record["message"]) == ("cancelled", "gone before it had saved")
+    leave_verdict(tmp_path, status="stopped", cause="terminate", step=7, attempt=3, message="")
+    assert attempts.end(tmp_path, 3)["cause"] == "terminate"  # who was cancelled was another
+
+
 def test_no_record_where_nothing_was_attempted(tmp_path: Path) -> None:
     assert attempts.newest_record(tmp_path) == {}

@@ -107,21 +107,20 @@ def test_the_job_of_another_run_of_that_name_is_not_adopted(
     assert settle(folder.parents[1]) == [] and abandoned.exists()
 
 
-@pytest.mark.parametrize(("told", "array"), [("41", False), ("41_1", True)])
+@pytest.mark.parametrize(("told", "array"), [(["41"], False), (["50", "41_1"], True)])
 def test_a_job_that_has_ended_is_adopted_by_what_it_wrote(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: str, array: bool
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: list[str], array: bool
 ) -> None:
-    """Nobody looked while it was in the queue; an earlier job's id is older than the submission."""
+    """Nobody looked while it was in the queue. An earlier job's id is no news, nor is one an element's successor."""
     runs, other = folder.parents[1], folder.with_name("i2i-5e6f7a8b")
     (other / "slurm").mkdir(parents=True)
-    earlier = folder / "slurm" / "job"
-    earlier.write_text("40")
-    os.utime(earlier, (time.time() - 5, time.time() - 5))
-    folders = [folder, other][: 1 + array]
+    (folder / "slurm" / "job").write_text("39_0" if array else "40")
+    folders = [folder, other][: len(told)]
     assert subprocess.run([sys.executable, "-c", DIES, runs, *folders], timeout=60).returncode == -9
     queue(tmp_path, monkeypatch, None)
     assert settle(runs) == [] and pending(runs, folder)
-    (folders[-1] / "slurm" / "job").write_text(told)
+    for run, job in zip(folders, told, strict=True):
+        (run / "slurm" / "job").write_text(job)
     assert settle(runs) == [(run, f"41_{index}" if array else "41") for index, run in enumerate(folders)]
     assert [record["job"] for record in records(runs)] == ["41"]
 

@@ -68,6 +68,7 @@ def cause(record: dict[str, Any], told: str = "") -> str:
         ("as it runs", "crash", "crash"),
         ("cancelled", "crash", "cancelled"),
         ("cancelled", "stop", "stop"),
+        ("to make room", "cancelled", "cancelled"),
         ("requeued already", "config", "config"),
     ],
 )

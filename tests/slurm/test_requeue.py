@@ -41,7 +41,7 @@ LONG = (
 TWO_NODES = ("nodes=2", "gpus_per_node=1")
 ONE_NODE = ("nodes=1", "gpus_per_node=2")  # starts sooner
 # What each fault is called in the ledger, and what follows. On a slow machine KillWait is over before it is asked who
-# cancels, or which node is down, and later none is; and a rank may see that its peer is gone before its agent does.
+# cancels, or which node is down, and later none is; and ranks may see that others are gone before their agent does.
 CAUSES = {
     "time_limit": ("time_limit", "requeue"),
     "preemption": ("preempted", "requeue"),
@@ -52,7 +52,7 @@ CAUSES = {
     "node_down": ("node_failure|requeued", "requeue"),
     "drain": ("drain", "requeue"),
     "cancelled": ("cancelled|terminate", "end|"),
-    "rank_killed": ("crash|killed", "restart"),
+    "rank_killed": ("killed", "restart"),
     "agent_killed": ("crash|killed", "restart"),
 }
 

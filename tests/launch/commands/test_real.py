@@ -69,7 +69,7 @@ def test_cancel_resume_and_stop(
     folder = wait_for(first, tmp_path / "runs", capsys, 1)
     assert main(["cancel", "i2i"]) == 0
     assert "got SIGTERM, saves and ends" in capsys.readouterr().out
-    assert first.wait(timeout=60) in (0, 143) and state(capsys, folder) == "cancelled"
+    assert first.wait(timeout=60) == 0 and state(capsys, folder) == "cancelled"
     step = read_state(folder).step
     assert step is not None and step > 0 and newest_record(folder)["cause"] == "cancelled"
 
