@@ -4,7 +4,7 @@ BIN := .venv/bin
 DEMO := .venv/.installed-demo
 DEV := .venv/.installed-dev
 
-.PHONY: demo demo-slurm test test-fast test-cluster check format
+.PHONY: demo demo-slurm test test-fast test-long test-cluster check format
 
 demo: $(DEMO)  ## train a small image-to-image model on the CPU, and judge its pictures
 	$(BIN)/python -m benchmarks.learning
@@ -18,17 +18,20 @@ demo-slurm: $(DEMO)  ## two nodes of a real Slurm on this machine (needs root, a
 
 # A process per core; each does one file's tests after another, in the order in which they are found.
 # One thread each: threads of several processes that wait for each other's cores take many times as long.
-test test-fast: export OMP_NUM_THREADS := 1
+test test-fast test-long: export OMP_NUM_THREADS := 1
 SPREAD := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: $(DEV)
-	$(BIN)/python -m pytest $(SPREAD) -m "not cluster"
+	$(BIN)/python -m pytest $(SPREAD) -m "not cluster and not long"
+
+test-long: $(DEV)  ## the same on other ranks, nodes, meshes and back ends
+	$(BIN)/python -m pytest $(SPREAD) -m long
 
 test-cluster: $(DEV)  ## every way in which a cluster interrupts a run, on the practice Slurm
 	$(BIN)/python -m pytest -m cluster
 
 test-fast: $(DEV)
-	$(BIN)/python -m pytest $(SPREAD) -m "not slow"
+	$(BIN)/python -m pytest $(SPREAD) -m "not slow and not long"
 
 check: $(DEV)
 	$(BIN)/ruff check .

@@ -99,6 +99,7 @@ def test_here_makes_the_pictures_that_validation_made(trained: Trained, tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_a_job_makes_the_same_on_any_number_of_ranks(trained: Trained, tmp_path: Path, ranks: int) -> None:
     arguments = (f"weights={trained.weights}", f"requests={trained.asked}", "cluster=local", "cluster.device=cpu")
@@ -124,6 +125,7 @@ def test_a_job_makes_the_same_on_any_number_of_ranks(trained: Trained, tmp_path:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_stopped_job_goes_on_with_other_ranks(trained: Trained, generator: Generator, tmp_path: Path) -> None:
     asked = tmp_path / "many.jsonl"
     asked.write_text("".join(json.dumps({"name": f"p{i}", "seed": i}) + "\n" for i in range(60)))

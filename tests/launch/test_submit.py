@@ -212,6 +212,7 @@ def test_faults_of_the_run_raise_in_debug_and_are_named_by_local(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_an_interrupted_run_goes_on_with_other_ranks(start: Start, tmp_path: Path, capfd: Capture) -> None:
     process = start(*LONG, "gpus_per_node=2")
     folder = wait_for_steps(process, tmp_path)

@@ -72,6 +72,7 @@ def test_what_is_logged(straight: Path) -> None:
     assert len(story[4]) == 5 and story[4]["train/loss_kd"] > 0 and abs(story[4]["train/loss_component_cosine"]) < 1
 
 
+@pytest.mark.long
 def test_resumed_from_its_middle_it_is_the_same_run(straight: Path) -> None:
     """As if every process had been killed right after the checkpoint of step 2."""
     again = straight.parents[2] / "again" / straight.parent.name / straight.name
@@ -141,6 +142,7 @@ def test_validation_shows_composition_and_components_of_every_sample(straight: P
     assert pixels(folder / "split_000_text_compose.png").shape == (64, 64, 3)
 
 
+@pytest.mark.long
 def test_a_job_goes_on_with_the_pictures_that_are_missing(straight: Path, tmp_path: Path) -> None:
     """One process, then two ranks; a request of which a file is gone is made again. Prompts come encoded."""
     weights = straight / "weights" / "step_00000004"

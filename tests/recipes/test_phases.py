@@ -177,6 +177,7 @@ def test_the_projector_goes_out_and_in_under_its_original_names(
     assert all(torch.equal(network[key], value) for key, value in learned.items())
 
 
+@pytest.mark.long
 def test_phases_on_two_ranks_end_as_on_one(lab: Laboratory) -> None:
     arguments = [a for a in lab.arguments if a != "cluster=debug"]
     others = ("name=pair", "cluster=local", "gpus_per_node=2", "batch.micro=1", "mesh=full")

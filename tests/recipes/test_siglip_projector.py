@@ -431,6 +431,7 @@ def test_from_scratch_takes_no_weights_but_in_generating(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_an_interrupted_run_is_the_same_run_bit_for_bit(finished: Finished) -> None:
     from safetensors.torch import load_file
 
@@ -459,6 +460,7 @@ def test_one_rank_agrees_with_two(finished: Finished) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_bf16_and_activations_computed_again(finished: Finished) -> None:
     """The losses are those of float32 on two ranks but for bfloat16's rounding."""
     low = finished.alone("low", "precision=bf16", "activation_checkpointing=true", "mesh=full")

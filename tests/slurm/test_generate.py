@@ -12,7 +12,7 @@ from PIL import Image
 from tests.slurm.conftest import Cluster
 from tests.support import ROOT, SMALL, synthos
 
-pytestmark = [pytest.mark.slow, pytest.mark.slurm]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.slurm]
 
 
 def test_a_job_on_two_nodes_makes_what_is_made_here(cluster: Cluster, tmp_path: Path) -> None:

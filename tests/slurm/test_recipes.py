@@ -10,7 +10,7 @@ import pytest
 from tests.slurm.conftest import Cluster
 from tests.support import ROOT
 
-pytestmark = [pytest.mark.slow, pytest.mark.slurm]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.slurm]
 COMMON = (
     "model=tiny", "data=photos", "precision=fp32", "mesh=full", "batch.size=4", "batch.micro=1", "optim.lr=1e-3",
     "optim.steps=3", "checkpoint.every=null", "validate.every=null", "validate.samples=4", "validate.from_split=1",

@@ -58,6 +58,7 @@ def submit_from(bench: Bench, checkout: Path, name: str, *overrides: str) -> sub
     return subprocess.run(command, cwd="/", env=bench.cluster.env, capture_output=True, text=True, timeout=240)
 
 
+@pytest.mark.long
 def test_waiting_jobs_keep_their_trees(bench: Bench, tmp_path: Path) -> None:
     """Two changed checkouts, one by submitit and one by hand; both are changed again before their jobs start."""
     clones = [clone_of(tmp_path / mark, mark) for mark in ("A", "B")]

@@ -141,6 +141,7 @@ def test_another_allocation_is_refused_by_name(bench: Bench) -> None:
     assert f"error: {bench.folder} is no prepared run folder" in said
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "shape"),
     [
@@ -155,6 +156,7 @@ def test_other_shapes_are_the_same_run(
     assert bench.losses(name) == local
 
 
+@pytest.mark.long
 def test_two_jobs_on_the_same_nodes_do_not_meet(bench: Bench) -> None:
     shape = ("cluster=practice", "+cluster.sbatch.nodelist='node[1-2]'", "nodes=2", "gpus_per_node=1")
     for seed in (1, 2):
@@ -198,7 +200,7 @@ def misplace(shard: Path, key: str) -> None:
     save_index(path, index)
 
 
-@pytest.mark.parametrize("backend", ["submitit", "sbatch"])
+@pytest.mark.parametrize("backend", ["submitit", pytest.param("sbatch", marks=pytest.mark.long)])
 def test_a_cancelled_job_has_saved_and_the_next_goes_on(bench: Bench, backend: str) -> None:
     """SIGTERM reaches the agents, the ranks agree on a step and save before Slurm kills them."""
     name = f"cancel-{backend}"
@@ -288,7 +290,7 @@ def test_what_slurm_would_refuse_is_said_before_anything_is_queued(
     assert dry.returncode == 0 and re.search(f"missing: {said}", dry.stdout)
 
 
-@pytest.mark.parametrize("backend", ["submitit", "sbatch"])
+@pytest.mark.parametrize("backend", ["submitit", pytest.param("sbatch", marks=pytest.mark.long)])
 def test_the_same_command_again_does_not_queue_twice(bench: Bench, backend: str) -> None:
     shape = ("cluster=practice", f"cluster.backend={backend}", "nodes=1", "+cluster.sbatch.hold=true")
     first = bench.submit(f"twice-{backend}", *shape)

@@ -107,6 +107,7 @@ def test_killed_on_two_ranks_then_on_four_and_ended_on_one(runs: Runs) -> None:
     assert set(whole.values()) == {1} and len(whole) == STEPS * BATCH == 10 * SAMPLES
 
 
+@pytest.mark.long
 def test_streaming_goes_on_where_two_ranks_were_killed(runs: Runs) -> None:
     runs.arguments += ("data.streaming={samples_per_epoch: 36, block: 7}", "data.window=16", "gpus_per_node=2")
     folder = shards(runs.folder / "set", indexed=False)

@@ -181,6 +181,7 @@ def test_stopped_and_started_again_is_the_same_run(runs: Runs, straight: Path) -
     assert trace(stopped) == trace(straight)
 
 
+@pytest.mark.long
 def test_killed_and_started_again_goes_on_from_the_last_checkpoint(runs: Runs, straight: Path) -> None:
     process = runs.open("killed", "gpus_per_node=2")
     folder = runs.wait("killed", 13, process)
@@ -213,11 +214,13 @@ def kill_named(folder: Path) -> None:
             os.kill(int(entry.name), signal.SIGKILL)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("ranks", "mesh"), [(1, "full"), (4, "full"), (2, "replicate")])
 def test_ranks_and_mesh_change_nothing_but_rounding(runs: Runs, straight: Path, ranks: int, mesh: str) -> None:
     assert_close(runs.finish(f"{mesh}{ranks}", f"gpus_per_node={ranks}", f"mesh={mesh}"), straight)
 
 
+@pytest.mark.long
 def test_ranks_may_change_on_the_way(runs: Runs, straight: Path) -> None:
     runs.stop_at("elastic", 3, "gpus_per_node=2")
     folder = runs.stop_at("elastic", verdict(runs.path("elastic"))["step"] + 2, "gpus_per_node=1")

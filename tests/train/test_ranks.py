@@ -20,7 +20,7 @@ from synthos.train.memory import Mode, checkpoint_bytes, export_bytes, rank_memo
 from tests.data.make import data_set
 from tests.support import ROOT, SMALL, compose_for_test, environment
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 RANKS = 4
 LAYOUTS: dict[str, tuple[Mode, Mode]] = {  # of network and encoders
     "replicate": ("replicate", "replicate"),

@@ -84,6 +84,7 @@ def test_cancel_resume_and_stop(
     assert main(["logs", "i2i", "--rank", "0"]) == 0
 
 
+@pytest.mark.long
 def test_the_rank_that_was_killed_is_named_and_not_the_one_that_missed_it(
     started: list[subprocess.Popen[bytes]], arguments: list[str], tmp_path: Path, capsys: Capture
 ) -> None:
