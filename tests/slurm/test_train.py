@@ -171,6 +171,7 @@ def test_two_jobs_on_the_same_nodes_do_not_meet(bench: Bench) -> None:
     assert bench.losses("seed1") != bench.losses("seed2") and len(bench.losses("seed1")) == 6
 
 
+@pytest.mark.long
 def test_a_rank_that_raises_ends_the_job_and_is_heard_first(bench: Bench, tmp_path: Path) -> None:
     """A shard that ends too early stops the rank that reads there; its peers only say whom they lost."""
     shard = tmp_path / "shards" / "00000.tar"

@@ -233,10 +233,12 @@ def test_ranks_may_change_on_the_way(runs: Runs, straight: Path) -> None:
     assert cli.main(["data", "audit", str(folder)]) == 0
 
 
+@pytest.mark.long
 def test_accumulation_is_one_batch(runs: Runs, straight: Path) -> None:
     assert_close(runs.finish("whole", "gpus_per_node=1", "batch.micro=8", "mesh=replicate"), straight)
 
 
+@pytest.mark.long
 def test_sigterm_to_a_rank_ends_the_run_saved(runs: Runs) -> None:
     process = runs.open("terminated", "gpus_per_node=2")
     folder = runs.wait("terminated", 3, process)
