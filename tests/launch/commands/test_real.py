@@ -44,6 +44,12 @@ def start(started: list[subprocess.Popen[bytes]], *words: str) -> subprocess.Pop
     return started[-1]
 
 
+def without_end(arguments: list[str]) -> list[str]:
+    """The same run on two ranks of this machine, that goes on until somebody ends it."""
+    kept = [word for word in arguments if word.split("=")[0] not in ("cluster", "optim.steps")]
+    return [*kept, "cluster=local", "optim.steps=100000", "gpus_per_node=2"]
+
+
 def state(capsys: Capture, folder: Path) -> str:
     capsys.readouterr()
     main(["status", "--json", str(folder)])
@@ -64,8 +70,7 @@ def wait_for(process: subprocess.Popen[bytes], runs: Path, capsys: Capture, atte
 def test_cancel_resume_and_stop(
     started: list[subprocess.Popen[bytes]], arguments: list[str], tmp_path: Path, capsys: Capture
 ) -> None:
-    kept = [word for word in arguments if word.split("=")[0] not in ("cluster", "optim.steps")]
-    first = start(started, "submit", *kept, "cluster=local", "optim.steps=100000", "gpus_per_node=2")
+    first = start(started, "submit", *without_end(arguments))
     folder = wait_for(first, tmp_path / "runs", capsys, 1)
     assert main(["cancel", "i2i"]) == 0
     assert "got SIGTERM, saves and ends" in capsys.readouterr().out
@@ -88,8 +93,7 @@ def test_cancel_resume_and_stop(
 def test_the_rank_that_was_killed_is_named_and_not_the_one_that_missed_it(
     started: list[subprocess.Popen[bytes]], arguments: list[str], tmp_path: Path, capsys: Capture
 ) -> None:
-    kept = [word for word in arguments if word.split("=")[0] not in ("cluster", "optim.steps")]
-    process = start(started, "submit", *kept, "cluster=local", "optim.steps=100000", "gpus_per_node=2")
+    process = start(started, "submit", *without_end(arguments))
     folder = wait_for(process, tmp_path / "runs", capsys, 1)
     os.kill(process_of(folder, rank=1), signal.SIGKILL)
     assert process.wait(timeout=120) == 1
