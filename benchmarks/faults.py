@@ -73,13 +73,17 @@ class Victim:
         return sorted(found)
 
     def processes_on(self, node: str) -> list[int]:
-        """The processes of the run's job on a node, with the daemons that look after its steps there."""
+        """The processes of the run's job on a node, with the daemons that look after its steps there.
+
+        Two clusters on this machine count their jobs and name their nodes alike.
+        """
+        named = {"SLURM_JOB_ID": self.job, "SLURMD_NODENAME": node, "SLURM_CONF": self.practice / "slurm.conf"}
+        sought = {f"{name}={value}".encode() for name, value in named.items()}
         family = dict(parents())
         found = set()
         for pid in family:
             with suppress(OSError):  # it has just ended
-                words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-                if {f"SLURM_JOB_ID={self.job}".encode(), f"SLURMD_NODENAME={node}".encode()} <= {*words}:
+                if sought <= {*Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")}:
                     found |= {pid, family[pid]} if _is_step(family[pid]) else {pid}
         return sorted(found)
 

@@ -1,12 +1,15 @@
-"""What the soak says of two runs: equal only where every byte that counts is; and its table."""
+"""What the soak says of two runs: equal only where every byte that counts is; its table; and whom its faults hit."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks.chaos import compare, main, table
+from benchmarks.faults import Victim
 
 
 def run(folder: Path, loss: float = 0.5, weights: bytes = b"w", seconds: float = 1.0) -> Path:
@@ -66,3 +69,22 @@ def test_stored_figures_stand_side_by_side(tmp_path: Path, capsys: pytest.Captur
     assert lines[0].endswith("| submitit, cgroup | sbatch, cgroup |")
     assert lines[2:4] == ["| drain | drain, 0, 9 |  |", "| requeue |  | drain, 1, 9 |"]
     assert lines[-1].startswith("- sbatch, cgroup: 1 faults in 7 steps: losses equal.")
+
+
+def test_a_node_loses_its_power_in_one_cluster_only(tmp_path: Path) -> None:
+    """Two on one machine have a job 4 on a node2 each, when the back ends are tried side by side."""
+    lives = [sys.executable, "-c", "import sys; print(flush=True); sys.stdin.read()"]
+    here = {"SLURM_JOB_ID": "4", "SLURMD_NODENAME": "node2", "SLURM_CONF": f"{tmp_path}/a/slurm.conf"}
+    others = ({"SLURM_CONF": f"{tmp_path}/b/slurm.conf"}, {"SLURMD_NODENAME": "node1"}, {"SLURM_JOB_ID": "5"})
+    processes = [
+        subprocess.Popen(lives, env=here | other, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        for other in ({}, *others)
+    ]
+    try:
+        for process in processes:
+            assert process.stdout and process.stdout.readline()
+        victim = Victim(tmp_path / "run", "4", tmp_path / "a", {})
+        assert victim.processes_on("node2") == [processes[0].pid]
+    finally:
+        for process in processes:
+            process.communicate()
