@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import BinaryIO
 
 from launch import attempts, preflight, requeue, snapshot
@@ -93,7 +94,7 @@ def run(folder: Path, place: Place | None = None, keep_open: Sequence[int] = ())
         if not found.passed:
             log.write_text(f"{found.message}\n")
             return close(folder, meeting.attempt, log, 0) if place.first else 1
-        with log.open("wb") as output, log.open("rb") as shown:
+        with log.open("wb") as output, log.open("rb") as shown, scratch() as temporary:
             output.writelines(f"preflight: {line}\n".encode() for line in found.warnings if place.first)
             output.flush()
             # A session of its own: Ctrl-C on the terminal reaches this process only, and the ranks stop in step.
@@ -102,7 +103,7 @@ def run(folder: Path, place: Place | None = None, keep_open: Sequence[int] = ())
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 cwd=code,
-                env=environment(config, place, meeting, code),
+                env=environment(config, place, meeting, code) | {"TMPDIR": temporary},
                 start_new_session=True,
                 pass_fds=keep_open,
             )
@@ -186,6 +187,11 @@ def environment(config: JobConfig, place: Place, meeting: Meeting, code: Path) -
             "MASTER_PORT": str(meeting.port),
         }
     return inherited
+
+
+def scratch() -> TemporaryDirectory[str]:
+    """A folder for temporary files of the ranks, torchrun and W&B, which they leave behind even where all goes well."""
+    return TemporaryDirectory(prefix="synthos-", ignore_cleanup_errors=True)
 
 
 def _gloo_interface(place: Place) -> dict[str, str]:

@@ -181,18 +181,23 @@ def test_a_signal_before_the_ranks_start_is_heard(tmp_path: Path, monkeypatch: p
 def test_an_agent_whose_rank_was_killed_fails_its_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: str, code: int
 ) -> None:
-    """Else srun would leave the others to wait for it."""
+    """Else srun would leave the others to wait for it. The rank's temporary files go with it."""
     (tmp_path / "control").mkdir()
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     (tmp_path / "code").symlink_to(ROOT)
     attempt_folder(tmp_path, 1).mkdir(parents=True)
     write_config(job("cluster=slurm", "nodes=2", "batch.micro=1"), tmp_path / "config.yaml")
     place = Place("12.0", node=1, nodes=2)
     announce(tmp_path, Meeting(place.start, 1, "localhost", 0))
-    monkeypatch.setattr(agent, "ranks_command", lambda *_: [sys.executable, "-c", f"import os\n{rank}"])
+    rank = f"import os, tempfile\nopen({str(tmp_path / 'told')!r}, 'w').write(tempfile.mkdtemp())\n{rank}"
+    monkeypatch.setattr(agent, "ranks_command", lambda *_: [sys.executable, "-c", rank])
     monkeypatch.setattr(agent, "slurm_place", lambda _: place)
     monkeypatch.setattr(agent.snapshot, "check_imported", lambda _: None)
     monkeypatch.setattr(agent.preflight, "check", lambda *_: agent.preflight.Findings())
     assert agent.main(tmp_path) == code
+    assert Path((tmp_path / "told").read_text()).parents[1] == tmp_path / "temporary"
+    assert not [*(tmp_path / "temporary").iterdir()]
 
 
 def test_a_fault_of_one_node_does_not_speak_for_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
