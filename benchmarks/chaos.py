@@ -80,6 +80,7 @@ def practice(folder: Path) -> Iterator[dict[str, str]]:
     outer = ("SLURM_", "SBATCH_", "SRUN_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_")
     shell = {key: value for key, value in os.environ.items() if not key.startswith(outer)}
     shell |= {"SYNTHOS_PRACTICE": str(folder), "SLURM_CONF": str(folder / "slurm.conf")}
+    shell["TMPDIR"] = str(folder.parent)  # where it outlives no agent that is killed
     try:
         subprocess.run([PRACTICE, "up"], env=shell, stdout=subprocess.DEVNULL, check=True)
         yield shell
