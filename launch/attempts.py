@@ -104,6 +104,14 @@ def is_refused(folder: Path, start: str) -> bool:
     return bool(read_json(folder / "control" / "refused.json").get("start") == start)
 
 
+def started_by_hand(folder: Path) -> None:
+    """What comes next was not brought about by the attempt before it, whose budgets it therefore does not share."""
+    following = (record := newest_record(folder)).get("next", {})
+    if following.get("decision") in ("restart", "requeue"):
+        reason = f"{following['reason']}; but somebody has started it again before"
+        amend(folder, record["attempt"], next=following | {"decision": "end", "reason": reason})
+
+
 def amend(folder: Path, number: int, **known: Any) -> None:
     """Write into the record of an attempt what became known of it."""
     path = attempt_folder(folder, number) / "attempt.json"

@@ -45,7 +45,8 @@ Command = Callable[[list[str]], int | Callable[[], int]]
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb and return its exit code; what the user wrote wrongly is one message and exit code 2.
 
-    A file elsewhere that is not there is that too; a store or a disk that fails is one message and exit code 1.
+    A file elsewhere that is not there is that too; a store or a disk that fails is one message and exit code 1, and
+    so is a file that may not be read or written.
 
     A verb takes its arguments and returns its exit code, or else the work that remains when all input is known to be
     good: a ValueError of that work is a fault of the code, so it keeps its traceback.
@@ -60,6 +61,10 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, StorageError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, (ValueError, MissingFile)) else 1
+    except OSError as error:
+        told = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+        print(f"error: {told}", file=sys.stderr)
+        return 1
     return result() if callable(result) else result
 
 

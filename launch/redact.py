@@ -49,7 +49,7 @@ def problems(plain: Any) -> Iterator[str]:
             shown = _hide(text, values)
             yield (
                 f"{path}: {shown if shown != text else '***'!r} holds a secret, and a config is kept; put it into a "
-                "file below your home, or let its variable travel with cluster.environment=[NAME]"
+                "file below your home"
             )
 
 

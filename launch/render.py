@@ -106,12 +106,12 @@ def seconds_to_save(notice: float) -> float:
 def notice_seconds(cluster: ClusterConfig, save: float | None = None) -> int:
     """How long before the limit a job hears of it: the config's word, or by the seconds that a `save` took.
 
-    Two saves, since one may be under way, and a minute: that of the step and of what is slow on a bad day. But half of
-    the limit at most, or nothing would be trained.
+    Two saves, since one may be under way, a minute for the step and for what is slow on a bad day, and the time that
+    what follows needs. But half of the limit at most, or nothing would be trained.
     """
     if cluster.notice_seconds is not None:
         return cluster.notice_seconds
-    wanted = max(NOTICE_SECONDS, math.ceil(60 + 2 * (save or 0)))
+    wanted = max(NOTICE_SECONDS, math.ceil(60 + 2 * (save or 0) + DECISION_SECONDS))
     limit = limit_seconds(cluster.time or "")
     return wanted if limit is None else min(wanted, limit // 2)
 

@@ -126,9 +126,11 @@ def _short_grace(config: JobConfig, folder: Path) -> Iterator[str]:
         return
     shown = ask(["scontrol", "show", "partition", *([partition] if partition else [])]).stdout
     preempts = [int(seconds) for seconds in re.findall(r"GraceTime=(\d+)", shown)]
-    waits = re.search(r"KillWait\s*=\s*(\d+)", ask(["scontrol", "show", "config"]).stdout)
+    site = ask(["scontrol", "show", "config"]).stdout
+    waits = re.search(r"KillWait\s*=\s*(\d+)", site)
     seconds = min(preempts, default=0) + (int(waits[1]) if waits else 0)
-    if save > seconds:
+    never = re.search(r"PreemptType\s*=\s*(preempt/none|\(null\))", site)
+    if save > seconds and not never:
         yield (
             f"a preemption leaves {seconds} s (GraceTime and KillWait), and the last save took {save:.0f} s: what is "
             "not saved is trained again; a smaller checkpoint.every makes that less"

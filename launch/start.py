@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from launch import backends, journal
-from launch.attempts import newest_record
+from launch.attempts import newest_record, started_by_hand
 from launch.follow import follow
 from launch.rundir import hold, read_state
 from launch.squeue import job_of
@@ -67,9 +67,10 @@ def start(config: JobConfig, folder: Path, prepare: Callable[[], None], followin
 
 
 def clear(folder: Path) -> None:
-    """Remove what an earlier start has left for the next attempt to read."""
+    """Remove what an earlier start has left for the next attempt to read; what follows has budgets of its own."""
     for earlier in ("stop", "meeting.json"):
         (folder / "control" / earlier).unlink(missing_ok=True)
+    started_by_hand(folder)
 
 
 def settle(runs_dir: Path) -> None:

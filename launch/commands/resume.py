@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from launch import squeue
+from launch.attempts import newest_record
 from launch.commands import generate, submit
 from launch.compose import CONFIGS, choices
 from launch.identity import GENERATION_LEFT_OUT, LEFT_OUT
@@ -51,10 +52,18 @@ def main(arguments: list[str]) -> int | Callable[[], int]:
 
 
 def _as_json(folder: Path, work: Callable[[], int]) -> int:
+    before = last_start(folder)
     with quietly(True):
         code = work()
-    print_json({"run": folder.name, "folder": str(folder), "started": code == 0, "exit_code": code})
+    started = last_start(folder) != before
+    print_json({"run": folder.name, "folder": str(folder), "started": started, "exit_code": code})
     return code
+
+
+def last_start(folder: Path) -> tuple[int, int]:
+    """What tells one start of a run from the next: when it was submitted, and its attempts. A line to type is none."""
+    job = folder / "slurm" / "job"
+    return job.stat().st_mtime_ns if job.exists() else 0, newest_record(folder).get("attempt", 0)
 
 
 def changed_config(folder: Path, overrides: Sequence[str]) -> JobConfig:

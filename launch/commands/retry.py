@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from launch import squeue
-from launch.commands.resume import changed_config, plan_again, quietly
+from launch.commands.resume import changed_config, last_start, plan_again, quietly
 from launch.look import look
 from launch.runs import find_several
 from launch.tell import new_parser, print_json, warn
@@ -31,6 +31,7 @@ def _start(folders: Sequence[Path], command: list[str], only_failed: bool, as_js
     for folder in folders:
         one = look(folder, queue)
         if one.state in RETRIED:
+            before = last_start(folder)
             with quietly(as_json):
                 try:
                     work = plan_again(folder, changed_config(folder, []), command, False)
@@ -39,7 +40,7 @@ def _start(folders: Sequence[Path], command: list[str], only_failed: bool, as_js
                     own = 2
                 else:
                     own = work()
-            told.append({"run": one.name, "started": own == 0, "exit_code": own})
+            told.append({"run": one.name, "started": last_start(folder) != before, "exit_code": own})
             code = max(code, own)
         elif not only_failed:
             warn(f"{one.name}: is {one.state}, it has not failed; `synthos resume` goes on with a stopped run")

@@ -27,10 +27,13 @@ def main(arguments: list[str]) -> int:
     for folder in folders:
         one = look(folder, queue)
         asked = one.alive or one.state == "unknown"  # the file is read wherever the run is
-        if asked:
-            write_json(folder / "control" / "stop", {"cause": "stop"})
         when = "it saves and ends" if one.state != "queued" else "it ends as soon as it has started"
-        told.append(_told(one, asked, when if asked else ""))
+        try:
+            if asked:
+                write_json(folder / "control" / "stop", {"cause": "stop"})
+        except OSError as error:  # keeps no other from being asked
+            asked, when = False, f"can't be asked: {error.filename}: {error.strerror}"
+        told.append(_told(one, asked, when if one.alive or one.state == "unknown" else ""))
     return _tell(told, args.json)
 
 

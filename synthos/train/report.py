@@ -129,7 +129,9 @@ class Report:
         rows["step"], rows["id"], rows["epoch"] = step, batch.ids.numpy().view(np.uint64), batch.epochs.numpy()
         rows["kind"] = np.where(batch.replaced.numpy(), SUBSTITUTE, USUAL)
         rows["kind"][batch.weights.numpy() == 0] = PADDING
-        self.trace_file.write(rows.tobytes())
+        left = memoryview(rows.tobytes())
+        while left:  # a disk that fills up takes a part of them, and only then says so
+            left = left[self.trace_file.write(left) :]
 
     def quarantine(self, step: int, faults: list[list[Fault]]) -> None:
         """Write down the bad samples that each rank met at a step."""

@@ -38,15 +38,18 @@ def test_faults_of_the_user_are_a_message_and_faults_of_the_code_raise(
 ) -> None:
     (tmp_path / "verbs_for_test.py").write_text(
         "def user(arguments):\n    raise ValueError(f'no {arguments[0]}')\n"
+        "def disk(arguments):\n    open(__file__ + '/x')\n"
         "def code(arguments):\n    return lambda: int('x')\n"
         "def fine(arguments):\n    return lambda: 7\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     assert importlib.util.find_spec("verbs_for_test")
-    for name in ("user", "code", "fine"):
+    for name in ("user", "disk", "code", "fine"):
         monkeypatch.setitem(cli.VERBS, name, (f"verbs_for_test:{name}", ""))
     assert cli.main(["user", "hat"]) == 2
     assert capsys.readouterr().err == "error: no hat\n"
+    assert cli.main(["disk"]) == 1
+    assert capsys.readouterr().err == f"error: {tmp_path}/verbs_for_test.py/x: Not a directory\n"
     assert cli.main(["fine"]) == 7
     with pytest.raises(ValueError, match="invalid literal"):
         cli.main(["code"])

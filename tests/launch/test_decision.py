@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from launch import attempts
+from launch import attempts, start
 from launch.decision import CRASHES, ENDS, MOVES, bad_nodes, decide
 from synthos.files import CAUSES as ASKED
 from synthos.files import read_json
@@ -111,6 +111,22 @@ def test_who_submits_again_begins_new_budgets(cluster: ClusterConfig) -> None:
     ended = record("crash", 1, 1, next={"decision": "end", "reason": ""})
     assert decide([record("crash", 1, 1)] * 3, cluster, NOW).decision == "end"
     assert decide([record("crash", 1, 1), ended, record("crash", 1, 1)], cluster, NOW).decision == "restart"
+
+
+@pytest.mark.parametrize(("by_hand", "decision"), [(False, "end"), (True, "restart")])
+def test_what_was_to_go_on_and_is_started_again_by_hand_begins_new_budgets(
+    cluster: ClusterConfig, tmp_path: Path, by_hand: bool, decision: str
+) -> None:
+    """As where its job was cancelled while it waited."""
+    for number in (1, 2, 3):
+        if by_hand and number == 3:
+            start.clear(tmp_path)
+        attempts.begin(tmp_path, [])
+        leave_verdict(tmp_path, status="failed", cause="crash", step=0, attempt=number, message="")
+        attempts.end(tmp_path, number)
+        if number < 3:
+            attempts.amend(tmp_path, number, next=AGAIN)
+    assert decide(attempts.records(tmp_path), cluster, datetime.now(UTC)).decision == decision
 
 
 def test_a_node_that_failed_twice_is_excluded(cluster: ClusterConfig) -> None:

@@ -65,9 +65,9 @@ def test_nodes_that_failed_twice_are_excluded_beside_those_of_the_site(tmp_path:
 
 def test_a_notice_leaves_half_of_the_time(tmp_path: Path) -> None:
     cluster = config("cluster=slurm", "cluster.time=00:20:00").cluster
-    assert [render.notice_seconds(cluster, save) for save in (100, 200, 400)] == [300, 460, 600]
+    assert [render.notice_seconds(cluster, save) for save in (100, 200, 400)] == [320, 520, 600]
     assert render.notice_seconds(replace(cluster, notice_seconds=700), 400) == 700
-    assert render.notice_seconds(replace(cluster, time=None), 400) == 860
+    assert render.notice_seconds(replace(cluster, time=None), 400) == 920
 
 
 def test_gpus_are_asked_for_as_the_site_wants() -> None:

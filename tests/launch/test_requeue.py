@@ -206,7 +206,7 @@ def test_a_crash_near_the_limit_leaves_the_allocation(tools: Callable[..., Path]
 
 
 def test_a_notice_that_leaves_time_for_a_long_save_is_that_of_the_limit(tools: Callable[..., Path], ended: Any) -> None:
-    """The last one took so long that the notice came 861 s before it."""
+    """The last one took so long that the notice came 921 s before it."""
     folder, _ = ended("notice")
     (folder / "control" / "heartbeat.json").write_text(json.dumps({"save_seconds": 400.2}))
     tools(scontrol=RUNNING.replace("2027-11-27T16:38:40", (datetime.now() + timedelta(seconds=900)).isoformat()))
@@ -345,7 +345,7 @@ def test_the_notice_grows_with_the_measured_time_of_a_save(tmp_path: Path) -> No
     assert render.save_seconds(tmp_path) is None and render.notice_seconds(cluster) == 300
     (tmp_path / "control").mkdir()
     (tmp_path / "control" / "heartbeat.json").write_text(json.dumps({"step": 3, "save_seconds": 400.2}))
-    assert render.notice_seconds(cluster, render.save_seconds(tmp_path)) == 861
+    assert render.notice_seconds(cluster, render.save_seconds(tmp_path)) == 921
     assert render.notice_seconds(replace(cluster, notice_seconds=20), 400.2) == 20
 
 

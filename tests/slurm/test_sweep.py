@@ -17,7 +17,7 @@ from tests.slurm.conftest import Cluster, wait_until
 from tests.slurm.test_train import SHAPE
 from tests.support import ROOT
 
-pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.slurm]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.cluster, pytest.mark.slurm]
 QUICK = ("validate.every=null", "validate.samples=0", "validate.from_split=0", "mesh=auto", "ema.decay=null")
 
 

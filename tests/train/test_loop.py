@@ -1,6 +1,7 @@
 """One update and one validation, in this process: what moves, what must not, and what is refused."""
 
 import dataclasses
+import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -160,6 +161,22 @@ def test_what_fills_a_batch_up_counts_nothing(world: World, tmp_path: Path, cach
     assert float(metrics["train/loss"]) == pytest.approx(loss.item(), rel=1e-5)
     for name, parameter in job.state.trained.items():
         torch.testing.assert_close(grads[name], whole(parameter.grad), rtol=1e-3, atol=1e-6)
+
+
+class Full(io.BytesIO):
+    """A disk that takes 10 bytes at a time."""
+
+    def write(self, data: Any) -> int:
+        return super().write(data[:10])
+
+
+def test_no_part_of_a_trace_is_lost_where_a_write_is_cut_short(world: World, tmp_path: Path, cache: Path) -> None:
+    job = build(world, tmp_path, cache)
+    batch = job.stream.next()
+    job.report.trace_file = Full()
+    job.report.trace(3, batch)
+    rows = np.frombuffer(job.report.trace_file.getvalue(), TRACE)
+    assert rows["id"].tolist() == batch.ids.tolist() and set(rows["step"].tolist()) == {3}
 
 
 def test_bad_samples_are_written_down_and_counted(world: World, tmp_path: Path, cache: Path) -> None:

@@ -139,6 +139,8 @@ def test_retry_once_the_fault_is_gone(
     assert main(["retry", "i2i", "--failed", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"runs": [{"run": folder.name, "started": True, "exit_code": 0}]}
     assert newest_record(folder)["attempt"] == 2 and read_state(folder).done
+    assert main(["resume", "i2i", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["started"] is False
     for file in [*data.iterdir()][:2]:
         file.unlink(missing_ok=True)
     assert main(["resume", "i2i", "wandb.mode=off"]) != 0

@@ -1,5 +1,6 @@
 """The verbs that act on a run or look into it: logs, stop, cancel, retry, diff, explain, gc, wandb sync, doctor."""
 
+import errno
 import fcntl
 import json
 import logging
@@ -18,6 +19,7 @@ from launch.commands import gc
 from launch.rundir import hold, holders
 from launch.runs import is_held
 from launch.start import start
+from synthos.files import write_json
 from synthos.run import _open_log, write_verdict
 from synthos.schema import JobConfig, read_job
 from synthos.train.checkpoint_files import MANIFEST, write_counters
@@ -95,6 +97,25 @@ def test_stop_asks_those_that_run(runs: Runs, capsys: Capture) -> None:
     assert shown.out == "a-00000001: it saves and ends\n" and shown.err == "b-00000002: is done; nothing was done\n"
     runs.begin(running)  # a person's wish outlives the attempt that it was not meant for
     assert (running / "control" / "stop").exists()
+
+
+def test_a_run_that_can_not_be_asked_to_stop_keeps_no_other_from_it(
+    runs: Runs, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full, running = runs.add("a-00000001"), runs.add("b-00000002")
+
+    def write(path: Path, value: object) -> None:
+        if full in path.parents:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write_json(path, value)
+
+    monkeypatch.setattr("launch.commands.stop.write_json", write)
+    for folder in (full, running):
+        runs.begin(folder)
+    with hold(full), hold(running):
+        assert synthos("stop", "i2i") == 1
+    assert (running / "control" / "stop").exists()
+    assert capsys.readouterr().err == f"a-00000001: can't be asked: {full}/control/stop: No space left on device\n"
 
 
 def test_who_looks_at_a_lock_does_not_hold_it(runs: Runs) -> None:
