@@ -1,6 +1,7 @@
 """The `synthos` command: a table from verb to function, imported when it is called."""
 
 import importlib
+import os
 import sys
 from collections.abc import Callable
 
@@ -61,6 +62,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, StorageError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, (ValueError, MissingFile)) else 1
+    except BrokenPipeError:  # as of `| head`; Python would complain again when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as error:
         told = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
         print(f"error: {told}", file=sys.stderr)

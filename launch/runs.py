@@ -104,8 +104,10 @@ def is_held(folder: Path) -> bool:
 
 
 def _matches(word: str, root: Path | None = None) -> list[Path]:
-    """The runs that one word may mean, at least one."""
+    """The runs that one word may mean, at least one; the name of a folder means no other run of that name."""
     path = Path(word).expanduser().absolute()
+    if word.count(os.sep) == 1 and not path.is_dir():  # group/run, as candidates are listed
+        path = (root or runs_root()) / word
     if os.sep in word or (path / "config.yaml").is_file():
         if not path.is_dir():
             raise ValueError(f"{word}: no such folder; expected a run folder, or the name of a run")
@@ -114,7 +116,7 @@ def _matches(word: str, root: Path | None = None) -> list[Path]:
         raise ValueError(f"{word} is no run folder: it has no config.yaml")
     root = root or runs_root()
     runs = all_runs(root)
-    found = [run for run in runs if word in _names(run)]
+    found = [run for run in runs if word == run.name] or [run for run in runs if word in _names(run)]
     if not found and JOB.fullmatch(word):
         found = [run for run in runs if any(word in (job, job.partition("_")[0]) for job in jobs_of(run))]
     if not found:

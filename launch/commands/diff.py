@@ -44,7 +44,8 @@ def config(folder: Path) -> dict[str, Any]:
 def code(folder: Path) -> dict[str, Any]:
     """What git and the ledger say of the code that the newest attempt ran."""
     record, patch = newest_record(folder), folder / "provenance" / "changes.patch"
-    facts = {key: record[key] for key in CODE if key in record} or dict(flat(_json(folder / "provenance" / "git.json")))
+    said = record if "tree" in record else _json(folder / "provenance" / "git.json")  # of one that has not begun
+    facts = {key: said[key] for key in CODE if key in said}
     changes = patch.read_bytes() if patch.is_file() else b""
     return {**facts, "changes": hashlib.sha256(changes).hexdigest()[:12] if changes else ""}
 

@@ -13,6 +13,7 @@ from launch import attempts
 from launch.decision import decide
 from launch.look import look_at
 from launch.rundir import hold
+from launch.runs import find_one, find_several
 from synthos.run import write_verdict
 from tests.launch.commands.conftest import BASE, Runs, age_heartbeat, squeue, synthos
 from tests.support import compose_for_test
@@ -150,6 +151,14 @@ def test_a_run_is_rather_meant_than_a_group_of_its_name(runs: Runs, capsys: Capt
     synthos("logs", "i2i")
     assert "i2i-00000001 has no logs yet" in capsys.readouterr().err
     assert len(look(capsys, "i2i")[1]) == 2  # who only looks sees all
+
+
+def test_the_name_of_a_folder_means_no_other_run(runs: Runs, capsys: Capture) -> None:
+    """As a generation that is named after the run whose weights it takes."""
+    run, other = runs.add("a-00000001"), runs.add("a-00000001-00000002", "generate")
+    assert find_one("a-00000001") == run and find_several(["a-00000001"]) == [run]
+    assert find_one("i2i/a-00000001") == run and find_one("generate/a-00000001-00000002") == other
+    assert synthos("status", "i2i/a") == 2 and "no such folder" in capsys.readouterr().err
 
 
 def test_without_slurm_a_job_is_unknown_not_lost(
