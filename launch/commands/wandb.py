@@ -37,15 +37,19 @@ def main(arguments: list[str]) -> int:
 
 def offline_runs(folder: Path) -> list[Path]:
     """What attempts of a run have logged offline and W&B has not got yet, oldest first."""
-    found = sorted((folder / "wandb").glob("offline-run-*"))
-    return [path for path in found if not any(path.glob("*.synced"))]
+    found = sorted((folder / "wandb").glob("offline-run-*/run-*.wandb"))
+    return [path.parent for path in found if not path.with_suffix(".wandb.synced").exists()]
 
 
 def sync(folder: Path, offline: list[Path]) -> tuple[int, str]:
-    """Send the attempts in order, as one run; the exit code of wandb and what became of them."""
+    """Send the attempts in order, as one run; the exit code and what became of them.
+
+    Those that W&B got are marked in their folders: wandb ends with 0 also where the server refuses.
+    """
     run_id = (folder / "wandb" / "run_id").read_text()
     command = [sys.executable, "-m", "wandb", "sync", f"--id={run_id}", *(str(path.absolute()) for path in offline)]
     # It leaves a log of its own in the current folder; what it says goes to stderr, as it comes: sending may take long.
-    done = subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, stdout=sys.stderr)
+    subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, stdout=sys.stderr)
+    left = len(set(offline) & set(offline_runs(folder)))
     many = f"{len(offline)} attempt{'s' if len(offline) > 1 else ''}"
-    return done.returncode, f"{many} not sent, wandb says why" if done.returncode else f"{many} sent"
+    return (1, f"{left} of {many} not sent, wandb says why") if left else (0, f"{many} sent")
