@@ -4,33 +4,39 @@ import os
 import sys
 from pathlib import Path
 
-from launch import attempts, render, slurm
+from launch import attempts, render, slurm, squeue
 from launch.place import job_id, job_start
 from launch.rundir import read_state
 from synthos.files import read_json, write_json
 from synthos.schema import JobConfig, read_job
+
+FOLLOWS = "SYNTHOS_FOLLOWS"  # the job that this one was queued by, which may have died before it could write that down
 
 
 def queue(folder: Path) -> int:
     """Queue the job that goes on when this one has ended, however it ends; render.NOTHING_LEFT where it is done."""
     config, start = read_job(folder / "config.yaml"), job_start(os.environ)
     said = read_json(folder / "control" / "successor.json")
-    ours = said.get("job") == start.split(".")[0]  # this job is itself a successor
+    own, former = start.split(".")[0], os.environ.get(FOLLOWS)
+    ours = said.get("job") == own  # this job is itself a successor, and known as one
     ended = attempts.newest_record(folder).get("next", {}).get("decision") == "end"
-    if read_state(folder).done or (ours and ended):
+    if read_state(folder).done or ((ours or former) and ended):
         print(f"{folder}: nothing is left to do")
         return render.NOTHING_LEFT
     if ours:
         (folder / "slurm" / "job").write_text(str(said["job"]))
     (folder / "slurm" / "job.sh").write_text(render.job_file(config, folder))  # with the notice of the successor
+    environment = {**render.clean(config.cluster, os.environ), FOLLOWS: own}
     try:
-        job = slurm.order(successor(config, folder, job_id(os.environ)), render.clean(config.cluster, os.environ))
+        job = slurm.order(successor(config, folder, job_id(os.environ)), environment)
     except RuntimeError as error:
-        print(f"error: no successor is queued: {error}", file=sys.stderr)
-        return 0
+        if (found := _unanswered(folder, own)) is None:
+            print(f"error: no successor is queued: {error}", file=sys.stderr)
+            return 0
+        job = found
     # `after` is for the ledger: which job this one follows, should that have been lost.
-    after = said["of"] if ours else None
-    told = {"job": job.split(";")[0], "of": start.split(".")[0], "after": after}
+    after = former or (said["of"] if ours else None)
+    told = {"job": job.split(";")[0], "of": own, "after": after}
     write_json(folder / "control" / "successor.json", told)
     print(f"job {job} goes on after this one")
     return 0
@@ -41,6 +47,15 @@ def successor(config: JobConfig, folder: Path, job: str) -> list[str]:
     first, *more = render.sbatch(config, folder)
     kept = [word for word in more if not word.startswith("--dependency=")]  # what the first job waited for is over
     return [first, "--parsable", f"--dependency=afterany:{job}", *kept]
+
+
+def _unanswered(folder: Path, own: str) -> str | None:
+    """The successor that Slurm has taken all the same, though sbatch did not say so."""
+    try:
+        jobs = squeue.jobs_of([folder]).of(folder)
+    except RuntimeError:
+        return None
+    return next((one.job for one in jobs if one.pending and one.job != own), None)
 
 
 def waiting(folder: Path, start: str) -> str | None:

@@ -107,3 +107,59 @@ def test_in_a_chain_it_is_the_successor_that_is_told(tools: Callable[..., Path],
     attempts.amend(folder, 1, cause="preflight", bad_nodes=["node2"])
     assert chain.queue(folder) == 0 and requeue.main(folder) == 0
     assert asked.read_text().splitlines()[-1] == "scontrol update JobId=3 ExcNodeList=node2"
+
+
+def refuse_to_answer(folder: Path) -> None:
+    """sbatch as its caller sees it where the controller's answer is lost."""
+    (folder / "sbatch").write_text("#!/bin/bash\necho sbatch: error: Socket timed out >&2\nexit 1\n")
+    (folder / "sbatch").chmod(0o755)
+
+
+def line(job: str, state: str, folder: Path) -> str:
+    return f"{job}|0|{state}|Dependency||N/A|{folder / 'slurm' / job}.out"
+
+
+def test_a_successor_whose_sbatch_did_not_answer_is_found_in_the_queue(
+    tools: Callable[..., Path], ended: Any, tmp_path: Path
+) -> None:
+    """It is the job that waits: neither this one, nor the one before it, nor one of another run."""
+    folder, _ = ended("stop", "cluster.requeue=chain")
+    listed = [line("1", "COMPLETING", folder), line("2", "RUNNING", folder), line("9", "PENDING", tmp_path / "other")]
+    asked = tools(scontrol=WORDS["as it runs"], scancel="", squeue="\n".join(listed))
+    refuse_to_answer(tmp_path / "bin")
+    assert chain.queue(folder) == 0 and chain.waiting(folder, "2.0") is None
+    tools(squeue="\n".join([*listed, line("3", "PENDING", folder)]))
+    assert chain.queue(folder) == 0 and chain.waiting(folder, "2.0") == "3"
+    assert requeue.main(folder) == 0 and asked.read_text().splitlines()[-1] == "scancel 3"
+
+
+def test_a_successor_that_nobody_knows_of_ends_at_once_where_the_run_has_ended(
+    tools: Callable[..., Path], ended: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What somebody submits begins with a record that says `end`, too, and trains."""
+    folder, _ = ended("config", "cluster.requeue=chain")
+    tools(scontrol=WORDS["as it runs"])
+    (tmp_path / "bin" / "sbatch").write_text(f'#!/bin/bash\necho -n "${chain.FOLLOWS}" >{tmp_path}/follows\necho 4\n')
+    (tmp_path / "bin" / "sbatch").chmod(0o755)
+    assert chain.queue(folder) == 0 and (tmp_path / "follows").read_text() == "2"
+    (folder / "control" / "successor.json").unlink()  # the node died before it was written
+    assert requeue.main(folder) == 1
+    monkeypatch.setenv("SLURM_JOB_ID", "4")
+    monkeypatch.setenv(chain.FOLLOWS, "2")
+    assert chain.queue(folder) == render.NOTHING_LEFT and not (folder / "control" / "successor.json").exists()
+    monkeypatch.delenv(chain.FOLLOWS)
+    assert chain.queue(folder) == 0
+
+
+def test_a_successor_that_nobody_knew_of_accounts_for_the_job_that_queued_it(
+    tools: Callable[..., Path], ended: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = ended("drain", "cluster.requeue=chain")
+    attempts.begin(folder, [], job="3.0", nodes=["node1"])  # lost with its node, and with the id of its successor
+    tools(sbatch="5", sinfo="node1 down*")
+    monkeypatch.setenv("SLURM_JOB_ID", "4")
+    monkeypatch.setenv(chain.FOLLOWS, "3")
+    assert chain.queue(folder) == 0
+    attempts.begin(folder, [], job="4.0", nodes=["node2"])
+    lost = attempts.records(folder)[-2]
+    assert (lost["cause"], lost["bad_nodes"], lost["next"]["decision"]) == ("node_failure", ["node1"], "requeue")
