@@ -74,8 +74,8 @@ def test_a_successor_has_the_notice_of_its_own_submission(tools: Callable[..., P
     folder, _ = ended("drain", "cluster.requeue=chain")
     (folder / "control" / "heartbeat.json").write_text('{"save_seconds": 400}')
     asked = tools(sbatch="3")
-    assert chain.queue(folder) == 0 and "--signal=USR2@860" in asked.read_text()
-    assert f"export {render.NOTICE}=860" in (folder / "slurm" / "job.sh").read_text()
+    assert chain.queue(folder) == 0 and "--signal=USR2@920" in asked.read_text()
+    assert f"export {render.NOTICE}=920" in (folder / "slurm" / "job.sh").read_text()
 
 
 def test_a_chain_that_could_not_queue_its_successor_says_so_at_the_end(
