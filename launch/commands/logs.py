@@ -21,14 +21,17 @@ BYTES_PER_LINE = 2000  # of a log, at most, that are read for a line that is sho
 def main(arguments: list[str]) -> int:
     """Print the end of a run's logs; returns 1 where there are none."""
     parser = new_parser("logs", __doc__, "one")
-    parser.add_argument("-f", "--follow", action="store_true", help="go on as they grow, through every attempt")
+    parser.add_argument(
+        "-f", "--follow", action="store_true", help="go on as they grow, through every attempt or only --attempt"
+    )
     parser.add_argument("--rank", type=int, help="this rank's own log, not what its node printed")
     parser.add_argument("--attempt", type=int, help="default: the newest")
-    parser.add_argument("--lines", type=int, default=100, help="of each file, from its end; 0: all. Default: 100")
+    parser.add_argument(
+        "--lines", type=int, default=100, help="of each file, from its end; 0: all, as with -f --attempt. Default: 100"
+    )
     args = parser.parse_args(arguments)
-    if args.follow and (args.json or args.attempt is not None):
-        other = "--json" if args.json else "--attempt"
-        raise ValueError(f"--follow, {other}: exclude each other; expected one of the two")
+    if args.follow and args.json:
+        raise ValueError("--follow, --json: exclude each other; expected one of the two")
     folder = find_one(args.run)
     attempts = _attempts(folder)
     if args.attempt is not None and args.attempt not in attempts:
@@ -36,7 +39,9 @@ def main(arguments: list[str]) -> int:
         raise ValueError(f"--attempt: {args.attempt} is none of {folder.name}; expected one of {known}")
     attempt = args.attempt if args.attempt is not None else (attempts[-1] if attempts else 0)
     if args.follow:
-        return _follow(folder, args.rank, args.lines)
+        if args.attempt is not None and "ended" in _record(folder, attempt):
+            log_files(folder, attempt, args.rank, None)  # raises: a rank without a log gets none any more
+        return _follow(folder, args.attempt, args.rank, args.lines)
     failure = _failure(folder, attempt) if attempt else {}
     files = log_files(folder, attempt, args.rank, failure.get("rank"))
     if args.json:
@@ -49,7 +54,7 @@ def main(arguments: list[str]) -> int:
 
 def _failure(folder: Path, attempt: int) -> dict[str, Any]:
     """What failed first: the rank that was killed, or else the first to say something."""
-    record = read_json(attempt_folder(folder, attempt) / "attempt.json")
+    record = _record(folder, attempt)
     killed = {key: record[key] for key in ("cause", "message", "rank")} if "rank" in record else {}
     return read_json(failure_file(folder, attempt)) | killed
 
@@ -64,22 +69,30 @@ def log_files(folder: Path, attempt: int, rank: int | None, failed: int | None) 
         return outputs[-1:]
     own = attempt_folder(folder, attempt)
     if rank is not None:
-        file = own / f"rank-{rank:05d}.log"
+        file = _rank_log(folder, attempt, rank)
         if not file.is_file():
             ranks = ", ".join(str(int(path.stem.removeprefix("rank-"))) for path in sorted(own.glob("rank-*.log")))
             raise ValueError(f"--rank: {rank} has no log in attempt {attempt}; expected one of {ranks or 'none yet'}")
         return [file]
-    first = [own / f"rank-{failed:05d}.log"] if failed is not None else []
+    first = [_rank_log(folder, attempt, failed)] if failed is not None else []
     nodes = sorted(own.glob("node-*.log"))
     return [file for file in [*first, *(nodes or sorted(own.glob("rank-*.log")))] if file.is_file()]
 
 
 def _print(folder: Path, attempt: int, failure: dict[str, object], files: Sequence[Path], lines: int) -> None:
+    _print_failure(attempt, failure)
+    if not files:
+        warn(f"{folder.name} has no logs yet")
+    _print_files(files, lines)
+
+
+def _print_failure(attempt: int, failure: dict[str, object]) -> None:
     if failure:
         where = f" first at rank {failure['rank']}" if "rank" in failure else ""
         print(f"attempt {attempt} failed{where}: {failure['message']}")
-    if not files:
-        warn(f"{folder.name} has no logs yet")
+
+
+def _print_files(files: Sequence[Path], lines: int) -> None:
     for file in dict.fromkeys(files):
         print(f"==> {file} <==", *_last_lines(file, lines), sep="\n")
 
@@ -89,10 +102,14 @@ def _last_lines(file: Path, lines: int) -> list[str]:
     return text.splitlines()[-lines:]
 
 
-def _follow(folder: Path, rank: int | None, lines: int) -> int:
-    """Show the logs of the newest attempt, and of each that comes after it, until the run is over."""
+def _follow(folder: Path, only: int | None, rank: int | None, lines: int) -> int:
+    """Show the logs of the newest attempt, and of each that comes after it, until the run is over; or of `only` one.
+
+    After what a failed attempt printed comes what failed first, and the log of that rank.
+    """
     shown: dict[Path, int] = {}
-    looked, last = float("-inf"), None
+    told: set[int] = set()
+    looked, last, attempt = float("-inf"), None, only or _newest(folder)
     try:
         while True:
             over = False
@@ -100,11 +117,23 @@ def _follow(folder: Path, rank: int | None, lines: int) -> int:
                 looked = time.monotonic()
                 one = look(folder, squeue.ask([folder]))
                 over = not one.goes_on
-            for file, text in _grown(folder, rank, shown, lines):
+            newest = only or _newest(folder)  # after the look, and before the logs, so that no end is missed
+            record = _record(folder, attempt) if attempt else {}
+            for file, text in _grown(folder, attempt, rank, shown, 0 if only else lines):
                 if file != last:
                     print(f"==> {file} <==")
                     last = file
                 print(text, end="", flush=True)
+            if attempt and attempt not in told and (over or newest != attempt or "ended" in record):
+                told.add(attempt)
+                _tell_failure(folder, attempt, rank, lines)
+                last = None
+            if only and "ended" in record:
+                print(f"{folder.name}, attempt {only}: {record['status']}, {record['cause']}")
+                return int(record["status"] == "failed")
+            if newest != attempt:  # at once: it may be over as well
+                attempt, looked = newest, float("-inf")
+                continue
             if over:
                 print(f"{one.name}: {one.state}" + (f", {one.detail}" if one.detail else ""))
                 return int(one.wrong)
@@ -113,12 +142,21 @@ def _follow(folder: Path, rank: int | None, lines: int) -> int:
         return 0
 
 
-def _grown(folder: Path, rank: int | None, shown: dict[Path, int], lines: int) -> Iterator[tuple[Path, str]]:
-    """What is new in the logs of the newest attempt; of one seen for the first time, the end."""
-    attempts = _attempts(folder)
-    attempt = attempts[-1] if attempts else 0
+def _tell_failure(folder: Path, attempt: int, rank: int | None, lines: int) -> None:
+    """What failed first in an attempt, if anything did, and the log of that rank, unless it is the one followed."""
+    failure = _failure(folder, attempt)
+    _print_failure(attempt, failure)
+    if failure.get("rank") not in (None, rank):
+        own = _rank_log(folder, attempt, failure["rank"])
+        _print_files([own] if own.is_file() else [], lines)
+
+
+def _grown(
+    folder: Path, attempt: int, rank: int | None, shown: dict[Path, int], lines: int
+) -> Iterator[tuple[Path, str]]:
+    """What is new in the logs of an attempt; of one seen for the first time, the end."""
     if rank is not None and attempt:
-        files = [attempt_folder(folder, attempt) / f"rank-{rank:05d}.log"]
+        files = [_rank_log(folder, attempt, rank)]
     else:
         files = log_files(folder, attempt, None, None)
     for file in files:
@@ -148,3 +186,16 @@ def _read_on(file: Path, offset: int) -> bytes:
 
 def _attempts(folder: Path) -> list[int]:
     return sorted(int(path.name) for path in (folder / "attempts").glob("[0-9]*") if path.name.isdigit())
+
+
+def _newest(folder: Path) -> int:
+    """The newest attempt; 0 before the first."""
+    return max(_attempts(folder), default=0)
+
+
+def _record(folder: Path, attempt: int) -> dict[str, Any]:
+    return read_json(attempt_folder(folder, attempt) / "attempt.json")
+
+
+def _rank_log(folder: Path, attempt: int, rank: int) -> Path:
+    return attempt_folder(folder, attempt) / f"rank-{rank:05d}.log"
