@@ -122,7 +122,7 @@ def test_an_array_hears_of_its_limit_as_early_as_the_slowest_and_leaves_out_ever
             attempt.mkdir(parents=True)
             (attempt / "attempt.json").write_text(json.dumps({"attempt": number, "bad_nodes": bad}))
     command = array.command(runs, tmp_path / "g" / ".sweep-0001", None, "17")
-    assert "--signal=USR2@860" in command and "--array=0-2" in command and "--job-name=g" in command
+    assert "--signal=USR2@920" in command and "--array=0-2" in command and "--job-name=g" in command
     assert "--exclude=node9,node2,node1" in command and "--dependency=afterany:17" in command
     assert not any(word.startswith("--dependency") for word in array.command(runs, tmp_path / "g" / "x", None))
 
