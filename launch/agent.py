@@ -93,7 +93,7 @@ def run(folder: Path, place: Place | None = None, keep_open: Sequence[int] = ())
         found = preflight.check(folder, config, place, meeting, signals)
         if not found.passed:
             log.write_text(f"{found.message}\n")
-            return close(folder, meeting.attempt, log, 0) if place.first else 1
+            return close(folder, place, meeting.attempt, log, 0) if place.first else 1
         with log.open("wb") as output, log.open("rb") as shown, scratch() as temporary:
             output.writelines(f"preflight: {line}\n".encode() for line in found.warnings if place.first)
             output.flush()
@@ -112,7 +112,8 @@ def run(folder: Path, place: Place | None = None, keep_open: Sequence[int] = ())
             limit = partial(requeue.seconds_to_save, config.cluster, folder) if keeps_time else None
             wait(process, shown, signals, folder, meeting.attempt, limit, watch)
     if place.first:
-        return close(folder, meeting.attempt, log, LATE_SECONDS if process.returncode == 0 and not place.alone else 0)
+        late = LATE_SECONDS if process.returncode == 0 and not place.alone else 0
+        return close(folder, place, meeting.attempt, log, late)
     verdict = read_verdict(folder)  # torchrun returns 1 also where a signal ended it
     return attempts.exit_code(verdict) if verdict.get("attempt") == meeting.attempt else int(process.returncode != 0)
 
@@ -133,14 +134,14 @@ def meet(folder: Path, config: JobConfig, place: Place) -> tuple[Meeting, list[s
     return meeting, command
 
 
-def close(folder: Path, attempt: int, log: Path, patience_seconds: float) -> int:
+def close(folder: Path, place: Place, attempt: int, log: Path, patience_seconds: float) -> int:
     """Close the ledger of an attempt that has ended, and say how; returns its exit code."""
     verdict = attempts.end(folder, attempt, patience_seconds)
     if verdict["status"] == "failed":
         where = f" at rank {verdict['rank']}" if "rank" in verdict else ""
         print(f"attempt {attempt} failed{where}: {verdict['message']}\nlogs: {log.parent}", file=sys.stderr)
     else:
-        print(attempts.describe(verdict))
+        print(attempts.describe(verdict, by_hand=not place.job))
     return attempts.exit_code(verdict)
 
 
@@ -248,7 +249,8 @@ def wait(
             create_json(folder / "control" / "stop", {"cause": CAUSES[signals[0]]})  # what is there may say more
             if seconds_to_save and signals[0] is signal.SIGUSR2:
                 limit = time.monotonic() + seconds_to_save()
-            print("stopping: the ranks finish their step and save; Ctrl-C again kills them", file=sys.stderr)
+            again = "; Ctrl-C again kills them" if signals[0] is signal.SIGINT else ""
+            print(f"stopping: the ranks finish their step and save{again}", file=sys.stderr)
         if patience == math.inf and time.monotonic() - looked > LOOK_SECONDS:
             looked = time.monotonic()
             if watch:

@@ -2,7 +2,7 @@
 
 A record is never deleted, and one at most is open, without `ended`. What a closed one says: `status` (done, stopped,
 failed), `cause`, `message`, `end_step`, `samples` (images before and after it), `checkpoint_in` and `checkpoint_out`
-(steps), `bad_nodes` (which failed), `rank` (that was killed), and `next`, what was decided to come after it.
+(steps), `bad_nodes` (which failed), `rank` (that was killed), and `next`, what was decided to come after it, and when.
 """
 
 import dataclasses
@@ -193,10 +193,11 @@ def _follows(folder: Path, record: dict[str, Any], job: str) -> bool:
     return str(record["job"]).split(".")[0] in (own, former)
 
 
-def describe(verdict: dict[str, Any]) -> str:
-    """How an attempt ended that did not fail, and what comes next."""
+def describe(verdict: dict[str, Any], by_hand: bool = True) -> str:
+    """How an attempt ended that did not fail; what comes next, where no batch script decides and tells that."""
     if verdict["status"] == "stopped":
-        return f"stopped ({verdict['cause']}) at {verdict['step']}, saved; the same command goes on from there"
+        hint = "; the same command goes on from there" if by_hand else ""
+        return f"stopped ({verdict['cause']}) at {verdict['step']}, saved{hint}"
     return f"done at {verdict['step']}" + (f"; weights in {verdict['weights']}" if verdict.get("weights") else "")
 
 

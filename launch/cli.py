@@ -1,11 +1,13 @@
 """The `synthos` command: a table from verb to function, imported when it is called."""
 
 import importlib
+import json
 import os
 import sys
 from collections.abc import Callable
 
 from synthos.data.store.retry import MissingFile, StorageError
+from synthos.files import DamagedFile
 from synthos.strict import unknown
 
 VERBS = {  # verb -> ("module:function", what it does)
@@ -47,7 +49,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one verb and return its exit code; what the user wrote wrongly is one message and exit code 2.
 
     A file elsewhere that is not there is that too; a store or a disk that fails is one message and exit code 1, and
-    so is a file that may not be read or written.
+    so is a file that may not be read or written, or a run folder's own that is damaged.
+
+    With --json the message is a document as well, {"error": ...}.
 
     A verb takes its arguments and returns its exit code, or else the work that remains when all input is known to be
     good: a ValueError of that work is a fault of the code, so it keeps its traceback.
@@ -60,16 +64,23 @@ def main(arguments: list[str] | None = None) -> int:
         verb, rest = split_verb(arguments)
         result = find(verb)(rest)
     except (ValueError, StorageError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, (ValueError, MissingFile)) else 1
+        _tell(str(error), arguments)
+        wrong_input = isinstance(error, (ValueError, MissingFile)) and not isinstance(error, DamagedFile)
+        return 2 if wrong_input else 1
     except BrokenPipeError:  # as of `| head`; Python would complain again when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
         told = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
-        print(f"error: {told}", file=sys.stderr)
+        _tell(told, arguments)
         return 1
     return result() if callable(result) else result
+
+
+def _tell(message: str, arguments: list[str]) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    if "--json" in arguments:
+        print(json.dumps({"error": message}))
 
 
 def usage() -> str:

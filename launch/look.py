@@ -9,22 +9,22 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from launch import squeue
-from launch.attempts import CANCELLED
+from launch.attempts import CANCELLED, SIGNAL_CAUSES
 from launch.runs import is_held, signature
 from launch.tell import duration
-from synthos.files import tail
+from synthos.files import DamagedFile, parse_object, read_cause, tail
 from synthos.run import failure_file
 from synthos.schema import GenerateConfig, RunConfig, read_job
 
 STALLED_SECONDS = 60.0  # without a heartbeat, or
 STALLED_STEPS = 3  # so many median steps, whatever is longer
 STARTING_SECONDS = 3600.0  # to the first step, with loading, restoring and a validation before it
+QUIET_SECONDS = 1800.0  # for a save or an export, whose own time may not be known
 TAIL_BYTES = 2**16  # of metrics.jsonl: the newest steps
 NO_PROGRESS = "no_progress"  # begins the reason of `launch.decision` for giving up
-ALIVE = ("queued", "starting", "running", "stalled")
+ALIVE = ("queued", "starting", "running", "stalled", "ending")
 WRONG = ("stalled", "failed", "cancelled", "lost", "unknown", "unreadable")
 READERS = 8  # threads: a folder may be far away
 
@@ -34,8 +34,9 @@ class Look:
     """One run; what is not known is None, or empty.
 
     Attributes:
-        state: queued, starting, running, stalled, stopped, cancelled, failed, done, lost (its attempt was never closed,
-            and neither job nor process is left), prepared (never started), unknown (Slurm can't be asked), unreadable.
+        state: queued, starting, running, stalled, ending (its attempt is closed, and what follows not yet decided),
+            stopped, cancelled, failed, done, lost (its attempt was never closed, and neither job nor process is left),
+            prepared (never started), unknown (Slurm can't be asked), unreadable.
         detail: why, in words.
         step, last_step: how far it is, in `unit`s.
         changed: seconds since the epoch when the newest of this was written.
@@ -98,15 +99,17 @@ class _Folder:
         self.numbers = sorted(int(name) for name in _names(folder / "attempts") if name.isdigit())
         self.attempt = self.numbers[-1] if self.numbers else 0
         path = folder / "attempts" / f"{self.attempt:04d}" / "attempt.json"
-        self.record = _read(path) if self.attempt else {}
-        self.verdict, self.beat = _read(control / "verdict.json"), _read(control / "heartbeat.json")
-        self.cancelled, self.asked = _read(control / CANCELLED), (control / "stop").exists()
+        self.record = parse_object(path) if self.attempt else {}
+        self.verdict, self.beat = parse_object(control / "verdict.json"), parse_object(control / "heartbeat.json")
+        self.cancelled, self.asked = parse_object(control / CANCELLED), read_cause(control / "stop")
         jobs = queue.of(folder)
         running = [job for job in jobs if not job.pending]
         self.job = next(iter(running or jobs), None)
         self.submitted = folder / "slurm" / "job"
         files = [path, control / "verdict.json", control / "heartbeat.json", self.submitted, folder / "config.yaml"]
         self.changed = max(_time(file) for file in files)
+        if not _size(files[-1]):  # to read it, of a thousand runs, would take seconds
+            raise DamagedFile(files[-1], "it is empty, or gone")
 
     def look(self) -> Look:
         state, detail = self._state()
@@ -136,16 +139,15 @@ class _Folder:
         """The run's state, and why."""
         if self.job and self.job.pending:
             again = f", again after attempt {self.attempt}" if self.attempt else ""
-            return "queued", f"{self.job.reason}{again}"
+            return "queued", f"{self.job.reason}{again}{self._wish()}"
         is_open = bool(self.record) and "ended" not in self.record
         following = self.record.get("next", {})  # what the agent has decided to do after a closed attempt
-        if self.job and self.record.get("job") == self.job.start and following.get("decision") == "end":
-            return self._ended()  # the rest of its job may take long
+        if self.job and self.record.get("job") != self.job.start:
+            return "starting", f"job {self.job.job} on {self.job.nodes}{self._wish()}"
         if self.job:
-            current = is_open and self.record.get("job", "") == self.job.start
-            return self._running() if current else ("starting", f"job {self.job.job} on {self.job.nodes}")
+            return self._running() if is_open else self._between()
         if (is_open or not self.record or following.get("decision") == "restart") and is_held(self.folder):
-            return self._running() if is_open else ("starting", str(following.get("reason", "")))
+            return self._running() if is_open else self._between() if self.record else ("starting", "")
         if self._unanswered(is_open):
             return "unknown", "Slurm can't be asked about its job"
         if self.cancelled and (self.cancelled["job"], self.cancelled["attempt"]) == (self._last_job(), self.attempt):
@@ -162,6 +164,25 @@ class _Folder:
             why = f"attempt {self.attempt} was to be followed by another ({following['reason']})"
             return "lost", f"{why}, and no job and no process is left"
         return self._ended()
+
+    def _between(self) -> tuple[str, str]:
+        """The state of a run whose newest attempt is closed, while its job or its process is still there."""
+        following = self.record.get("next", {})
+        match following.get("decision"):
+            case "restart":
+                ended = datetime.fromisoformat(self.record["ended"]).timestamp()
+                left = ended + following.get("wait_seconds", 0) - time.time()
+                wait = f" in {left:.0f} s" if left > 0 else ""
+                return "starting", f"again after attempt {self.attempt}{wait}: {following['reason']}{self._wish()}"
+            case "requeue":
+                return "queued", f"again after attempt {self.attempt}: {following['reason']}{self._wish()}"
+            case "end":
+                return self._ended()  # the rest of its job may take long
+        return "ending", f"attempt {self.attempt} ({self.record['cause']}) is over, what follows is being decided"
+
+    def _wish(self) -> str:
+        """A person's, that it stop, before an attempt has heard of it."""
+        return "" if self.asked in ("", *SIGNAL_CAUSES) else "; is asked to stop"
 
     def _unanswered(self, is_open: bool) -> bool:
         """Whether only Slurm could tell: a job's attempt is open, or another is to follow, or a job came after it."""
@@ -185,10 +206,13 @@ class _Folder:
             state = "starting" if age < STARTING_SECONDS else "stalled"
             return state, f"no step of attempt {self.attempt} yet, {duration(age)} after its start"
         age = time.time() - self.beat["time"]
+        doing = self.beat.get("doing", "")
         save = 2 * (self.beat.get("save_seconds") or 0)  # two may have to be waited for
-        if age > max(STALLED_SECONDS, save) and age > STALLED_STEPS * self._step_seconds():
-            return "stalled", f"no heartbeat for {age:.0f} s"
-        return "running", "is asked to stop" if self.asked else ""
+        patience = max(STALLED_SECONDS, save, QUIET_SECONDS if doing else 0)
+        if age > patience and age > STALLED_STEPS * self._step_seconds():
+            return "stalled", f"no heartbeat for {age:.0f} s" + (f", since it {doing}" if doing else "")
+        by_signal = f"is told to stop ({self.asked})" if self.asked else ""
+        return "running", "; ".join(filter(None, [self._wish().removeprefix("; ") or by_signal, doing]))
 
     def _step_seconds(self) -> float:
         """Median time of the newest steps, or of a call that makes pictures."""
@@ -209,7 +233,9 @@ class _Folder:
             return "failed", f"{cause}: {following['reason']}"  # it was to go on, and will not
         if status == "failed":
             own = self.verdict if self.verdict.get("attempt") == self.attempt else {}
-            told = self.record if "rank" in self.record else _read(failure_file(self.folder, self.attempt)) or own
+            told = (
+                self.record if "rank" in self.record else parse_object(failure_file(self.folder, self.attempt)) or own
+            )
             where = f"rank {told['rank']}: " if "rank" in told else ""
             return "failed", f"{where}{told.get('message') or cause}"
         return str(status), "" if status == "done" else str(cause)
@@ -224,20 +250,6 @@ def step_rates(metrics: Path) -> list[float]:
     return rates
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """A JSON file of a run folder, empty where there is none. Unlike `read_json` it lists no folder: with thousands of
-    runs that is most of the time, and a person looks again anyway."""
-    try:
-        value = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is damaged: {value!r} is no object")
-    return value
-
-
 def _names(folder: Path) -> list[str]:
     try:
         return os.listdir(folder)
@@ -250,6 +262,13 @@ def _text(path: Path) -> str:
         return path.read_text().strip()
     except FileNotFoundError:
         return ""
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _time(path: Path) -> float:

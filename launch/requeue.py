@@ -111,7 +111,8 @@ def _decide(folder: Path, cluster: ClusterConfig, job: slurm.Job | None, in_slur
     attempts.amend(folder, number, **known)
     asked = told in ASKED
     decision = decide(attempts.records(folder), cluster, datetime.now(UTC), asked, in_slurm, left)
-    attempts.amend(folder, number, next={"decision": decision.decision, "reason": decision.reason})
+    wait = {"wait_seconds": decision.wait_seconds} if decision.wait_seconds else {}
+    attempts.amend(folder, number, next={"decision": decision.decision, "reason": decision.reason, **wait})
     again = f" in {decision.wait_seconds} s" if decision.wait_seconds else ""
     cause = known.get("cause", record["cause"])
     who = f" (rank {known['rank']} {known['message']})" if "rank" in known else ""

@@ -40,7 +40,12 @@ def _is_group(entry: os.DirEntry[str]) -> bool:
 
 
 def _is_run(entry: os.DirEntry[str]) -> bool:
-    return not entry.name.startswith(".") and os.path.exists(f"{entry.path}/config.yaml")
+    return not entry.name.startswith(".") and is_run(entry.path)
+
+
+def is_run(folder: str | Path) -> bool:
+    """Whether a folder is that of a run, of which a config that was lost makes no other thing."""
+    return os.path.exists(f"{folder}/config.yaml") or os.path.isdir(f"{folder}/attempts")
 
 
 def find_one(word: str, root: Path | None = None) -> Path:
@@ -108,10 +113,10 @@ def _matches(word: str, root: Path | None = None) -> list[Path]:
     path = Path(word).expanduser().absolute()
     if word.count(os.sep) == 1 and not path.is_dir():  # group/run, as candidates are listed
         path = (root or runs_root()) / word
-    if os.sep in word or (path / "config.yaml").is_file():
+    if os.sep in word or is_run(path):
         if not path.is_dir():
             raise ValueError(f"{word}: no such folder; expected a run folder, or the name of a run")
-        if (path / "config.yaml").is_file():
+        if is_run(path):
             return [path]
         raise ValueError(f"{word} is no run folder: it has no config.yaml")
     root = root or runs_root()

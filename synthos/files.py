@@ -10,16 +10,30 @@ from typing import Any
 CAUSES = ("", "drain", "notice", "terminate", "cancelled", "stop", "interrupt")
 
 
+class DamagedFile(ValueError):
+    """A file of a run folder can't be read as what it is; nothing that a user has written now is wrong."""
+
+    def __init__(self, path: Path, why: object) -> None:
+        super().__init__(f"{path} is damaged: {why}")
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """What the file holds; empty where there is none. Raises ValueError, naming the file, for what is no JSON."""
+    """What the file holds; empty where there is none. Raises DamagedFile for what is no JSON object."""
     if path.parent.is_dir():
         os.listdir(path.parent)  # makes a network file system look again: it remembers that a file was absent
+    return parse_object(path)
+
+
+def parse_object(path: Path) -> dict[str, Any]:
+    """The same without listing the folder: with thousands of runs that is most of the time."""
     try:
-        value: dict[str, Any] = json.loads(path.read_text())
+        value = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+        raise DamagedFile(path, error) from None
+    if not isinstance(value, dict):
+        raise DamagedFile(path, f"{value!r} is no object")
     return value
 
 

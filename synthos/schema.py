@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
+from synthos.files import DamagedFile
 from synthos.strict import load, read_yaml, unknown
 
 
@@ -228,14 +229,19 @@ STAGES: dict[str, type[JobConfig]] = {"train": RunConfig, "generate": GenerateCo
 
 
 def read_job(path: Path) -> JobConfig:
-    """The frozen config of a run folder, of whatever stage. Raises ValueError where that is none."""
+    """The frozen config of a run folder, of whatever stage.
+
+    Raises ValueError where the folder is none, and DamagedFile where the config is not as it was written.
+    """
     try:
         plain = read_yaml(path)
-    except (OSError, yaml.YAMLError) as error:
+    except OSError as error:
+        if (path.parent / "attempts").is_dir():  # it was one
+            raise DamagedFile(path, error.strerror) from None
         raise ValueError(f"{path.parent} is no run folder: {error}") from None
+    except yaml.YAMLError as error:
+        raise DamagedFile(path, error) from None
     stage = plain.get("stage") if isinstance(plain, dict) else None
     if stage not in STAGES:
-        raise ValueError(
-            f"{path.parent} is no run folder: {path.name} has stage {stage!r}; {unknown(str(stage), list(STAGES))}"
-        )
+        raise DamagedFile(path, f"it has stage {stage!r}; {unknown(str(stage), list(STAGES))}")
     return load(STAGES[stage], plain)

@@ -1,7 +1,6 @@
 """`synthos diff`: how two runs differ, in config, code, packages and data."""
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from launch.attempts import newest_record
 from launch.rundir import read_state
 from launch.runs import find_one
 from launch.tell import RUN, console, new_parser, print_json, table
+from synthos.files import parse_object
 from synthos.schema import read_job
 from synthos.strict import dump
 
@@ -44,7 +44,7 @@ def config(folder: Path) -> dict[str, Any]:
 def code(folder: Path) -> dict[str, Any]:
     """What git and the ledger say of the code that the newest attempt ran."""
     record, patch = newest_record(folder), folder / "provenance" / "changes.patch"
-    said = record if "tree" in record else _json(folder / "provenance" / "git.json")  # of one that has not begun
+    said = record if "tree" in record else parse_object(folder / "provenance" / "git.json")  # of one that has not begun
     facts = {key: said[key] for key in CODE if key in said}
     changes = patch.read_bytes() if patch.is_file() else b""
     return {**facts, "changes": hashlib.sha256(changes).hexdigest()[:12] if changes else ""}
@@ -59,11 +59,11 @@ def packages(folder: Path) -> dict[str, Any]:
 
 def data(folder: Path) -> dict[str, Any]:
     """What provenance/ says of the inputs, and the fingerprints of the sources that the newest checkpoint has read."""
-    said = dict(flat(_json(folder / "provenance" / "inputs.json")))
+    said = dict(flat(parse_object(folder / "provenance" / "inputs.json")))
     step = read_state(folder).step
     if step is None:
         return said
-    stream = _json(folder / "checkpoints" / f"step_{step:08d}" / "state.json").get("stream", {})
+    stream = parse_object(folder / "checkpoints" / f"step_{step:08d}" / "state.json").get("stream", {})
     sources = {s["name"]: s["fingerprint"] for s in stream.get("sources", []) if isinstance(s, Mapping)}
     return said | {f"sources.{name}.fingerprint": value for name, value in sources.items()}
 
@@ -81,16 +81,6 @@ def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         return
     for key, inner in value.items():
         yield from flat(inner, f"{path}.{key}" if path else str(key))
-
-
-def _json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        value: dict[str, Any] = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged: {error}") from None
-    return value
 
 
 def _as_json(found: list[tuple[str, Any, Any]]) -> dict[str, list[Any]]:

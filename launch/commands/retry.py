@@ -13,6 +13,7 @@ from launch.runs import find_several
 from launch.tell import new_parser, print_json, warn
 
 RETRIED = ("failed", "lost")
+UNCLEAR = ("unknown", "unreadable")
 
 
 def main(arguments: list[str]) -> Callable[[], int]:
@@ -42,10 +43,14 @@ def _start(folders: Sequence[Path], command: list[str], only_failed: bool, as_js
                     own = work()
             told.append({"run": one.name, "started": last_start(folder) != before, "exit_code": own})
             code = max(code, own)
+        elif one.state in UNCLEAR:
+            warn(f"{one.name}: is {one.state} ({one.detail}); nothing was done")
+            told.append({"run": one.name, "started": False, "exit_code": 1})
+            code = max(code, 1)
         elif not only_failed:
             warn(f"{one.name}: is {one.state}, it has not failed; `synthos resume` goes on with a stopped run")
             told.append({"run": one.name, "started": False, "exit_code": 1})
-            code = 1
+            code = max(code, 1)
     if as_json:
         print_json({"runs": told})
     elif not told:

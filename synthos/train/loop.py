@@ -77,13 +77,16 @@ def _train(job: Job) -> dict[str, Any]:
             stopping = _validate(job)
         done = state.step >= job.last_step
         if stopping or done or _due(config.checkpoint.every, state.step) or _among_best(job):
-            job.checkpoints.save(state, job.stream.state_dict(), wait=bool(stopping) or done)
+            with job.report.busy("saves"):
+                job.checkpoints.save(state, job.stream.state_dict(), wait=bool(stopping) or done)
         for news in job.checkpoints.settle():
             job.report.checkpoint(state.step, news.metrics, news.message)
         if stopping:
             return {"status": "stopped", "cause": stopping, "step": state.step}
         if done:
-            return {"status": "done", "cause": "finished", "step": state.step, "weights": str(job.export(state))}
+            with job.report.busy("exports"):
+                weights = job.export(state)
+            return {"status": "done", "cause": "finished", "step": state.step, "weights": str(weights)}
         metrics = update(job)
         job.report.step(state.step, metrics)
         stopping = job.stop.agreed()

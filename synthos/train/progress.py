@@ -24,6 +24,7 @@ class Beat:
     eta_s: float
     unit: str = "step"
     save_seconds: float | None = None  # from the start of a checkpoint's save to its end, of the last one
+    doing: str = ""  # what may take longer than a step, and does not beat: saves, exports
 
     def __str__(self) -> str:
         minutes, seconds = divmod(int(self.eta_s), 60)

@@ -7,6 +7,8 @@ import os
 import sys
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
@@ -85,6 +87,13 @@ class Report:
             self.beat = now
             write_heartbeat(self.folder, self.attempt, self.told)
 
+    @contextmanager
+    def busy(self, doing: str) -> Iterator[None]:
+        """Say for the time of a block what it does, which may take long without a beat: `saves`, `exports`."""
+        self._beat_again(doing=doing)
+        yield
+        self._beat_again(doing="")
+
     def validation(self, step: int, validation: Validation, settings: list[dict[str, Any]]) -> None:
         """Log a validation and save its pictures, those of a request on one card with its reference and prompt."""
         if not self.world.is_main:
@@ -119,9 +128,7 @@ class Report:
             self._say(message)
         if "checkpoint/save_seconds" in metrics:
             self.save_seconds = float(metrics["checkpoint/save_seconds"])
-            if self.told:
-                self.told = dataclasses.replace(self.told, save_seconds=self.save_seconds)
-                write_heartbeat(self.folder, self.attempt, self.told)
+            self._beat_again(save_seconds=self.save_seconds)
 
     def trace(self, step: int, batch: Batch) -> None:
         """Append this rank's consumed samples."""
@@ -153,6 +160,11 @@ class Report:
         for name in ("trace_file", "metrics_file"):
             if hasattr(self, name):
                 getattr(self, name).close()
+
+    def _beat_again(self, **changed: Any) -> None:
+        if self.told:
+            self.told = dataclasses.replace(self.told, **changed)
+            write_heartbeat(self.folder, self.attempt, self.told)
 
     def _trace_path(self, rank: int) -> Path:
         return self.folder / "data" / f"trace-rank-{rank:05d}.bin"

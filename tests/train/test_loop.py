@@ -3,7 +3,7 @@
 import dataclasses
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from synthos.recipes.base import Encoded, Loss
 from synthos.schema import RunConfig
 from synthos.train.checkpoint import Checkpoints
 from synthos.train.distributed import World, whole
-from synthos.train.loop import Job, update
+from synthos.train.loop import Job, train, update
 from synthos.train.meter import Meter
 from synthos.train.report import PADDING, SUBSTITUTE, TRACE, USUAL, Report
 from synthos.train.stop import Stop
@@ -345,6 +345,27 @@ def test_the_heartbeat_tells_how_long_a_save_takes(world: World, tmp_path: Path,
     assert json.loads(beat.read_text())["save_seconds"] == 2.5
     job.report.checkpoint(1, {"checkpoint/save_seconds": 3.0}, "")
     assert json.loads(beat.read_text())["save_seconds"] == 3.0 and json.loads(beat.read_text())["step"] == 1
+
+
+def test_the_heartbeat_tells_of_a_save_and_an_export_under_way(world: World, tmp_path: Path, cache: Path) -> None:
+    """Nobody can know how long the first will take, and no step ends meanwhile."""
+    beat = tmp_path / "control" / "heartbeat.json"
+    beat.parent.mkdir()
+    job = build(world, tmp_path, cache)
+    seen: list[str] = []
+
+    def seeing(work: Callable[..., Path]) -> Callable[..., Path]:
+        def see(*given: Any, **named: Any) -> Path:
+            seen.append(json.loads(beat.read_text())["doing"])
+            return work(*given, **named)
+
+        return see
+
+    job.last_step, job.state.validation_due = 2, False
+    job.checkpoints.save = seeing(job.checkpoints.save)  # type: ignore[method-assign]
+    job.export = seeing(job.export)
+    assert train(job)["status"] == "done"
+    assert seen == ["saves", "exports"] and json.loads(beat.read_text())["doing"] == ""
 
 
 def test_a_validation_shows_that_the_run_lives(world: World, tmp_path: Path, cache: Path) -> None:

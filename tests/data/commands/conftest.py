@@ -38,7 +38,8 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         capsys.readouterr()
         assert main(["data", *map(str, arguments)]) == 2
         said = capsys.readouterr()
-        assert said.out == "" and said.err.startswith("error: ")
+        assert said.err.startswith("error: ")
+        assert f"error: {json.loads(said.out)['error']}\n" == said.err if "--json" in arguments else said.out == ""
         return said.err
 
     return run

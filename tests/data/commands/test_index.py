@@ -152,7 +152,7 @@ def test_a_store_that_fails(folder: Path, tmp_path: Path, capsys: pytest.Capture
         server.fail("/data/00001.tar", Fault(status=403), Fault(status=403))
         assert main(["data", "index", server.url("/data/"), "--out", str(out), "--workers", "1", "--json"]) == 1
         said = capsys.readouterr()
-        assert said.out == "" and said.err.startswith("error: ") and "/data/00001.tar" in said.err
+        assert said.err.startswith("error: ") and "/data/00001.tar" in json.loads(said.out)["error"]
     assert sorted(path.name for path in out.iterdir()) == ["00000.idx.npz"]
 
 

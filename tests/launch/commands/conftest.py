@@ -79,7 +79,7 @@ def synthos(*arguments: str) -> int:
 
 def squeue(folder: Path, monkeypatch: pytest.MonkeyPatch, answer: str = "") -> None:
     """A Slurm whose queue is empty, or which answers so."""
-    (folder / "bin").mkdir()
+    (folder / "bin").mkdir(exist_ok=True)
     (folder / "bin" / "squeue").write_text(f"#!/bin/sh\n{answer}\n")
     (folder / "bin" / "squeue").chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")

@@ -83,8 +83,39 @@ def test_a_run_is_over_before_its_job_is(
     folder = closed(runs, "a-00000001", "end", "the run is done")
     squeue(tmp_path, monkeypatch, f"echo '17 |0 |COMPLETING |None |node1 |N/A |{folder}/slurm/%j.out '")
     assert look(capsys, "a")[1]["a-00000001"]["state"] == "stopped"
-    attempts.amend(folder, 1, next={"decision": "requeue", "reason": "time_limit"})
-    assert look(capsys, "a")[1]["a-00000001"]["state"] == "starting"
+
+
+def test_a_job_between_two_attempts_is_not_starting(
+    runs: Runs, capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What its ledger has decided, or has not yet, is what its owner sees; and that somebody has asked it to stop."""
+    folder = closed(runs, "a-00000001", "requeue", "time_limit, by cluster.requeue=scontrol")
+    squeue(tmp_path, monkeypatch, f"echo '17 |0 |COMPLETING |None |node1 |N/A |{folder}/slurm/%j.out '")
+
+    def told() -> tuple[object, object]:
+        one = look(capsys, "a")[1]["a-00000001"]
+        return one["state"], one["detail"]
+
+    assert told() == ("queued", "again after attempt 1: time_limit, by cluster.requeue=scontrol")
+    again = {"decision": "restart", "reason": "crash 1 of at most 3 in 24 hours", "wait_seconds": 60}
+    attempts.amend(folder, 1, next=again)
+    state, detail = told()
+    assert state == "starting"
+    assert re.fullmatch(r"again after attempt 1 in (5\d|60) s: crash 1 of at most 3 in 24 hours", str(detail))
+    age_heartbeat(monkeypatch, 60)
+    (folder / "control" / "stop").write_text('{"cause": "terminate"}')  # of the attempt that is over
+    assert told()[1] == "again after attempt 1: crash 1 of at most 3 in 24 hours"
+    (folder / "control" / "stop").write_text('{"cause": "stop"}')
+    assert told()[1] == "again after attempt 1: crash 1 of at most 3 in 24 hours; is asked to stop"
+    record = folder / "attempts" / "0001" / "attempt.json"
+    record.write_text(
+        json.dumps({key: value for key, value in json.loads(record.read_text()).items() if key != "next"})
+    )
+    assert told() == ("ending", "attempt 1 (time_limit) is over, what follows is being decided")
+    squeue(tmp_path, monkeypatch, f"echo '17 |1 |PENDING |BeginTime | |N/A |{folder}/slurm/%j.out '")
+    assert told() == ("queued", "BeginTime, again after attempt 1; is asked to stop")
+    squeue(tmp_path, monkeypatch, f"echo '17 |1 |RUNNING |None |node1 |N/A |{folder}/slurm/%j.out '")
+    assert told() == ("starting", "job 17 on node1; is asked to stop")
 
 
 def test_slow_steps_are_no_stall(runs: Runs, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,6 +146,22 @@ def test_a_slow_save_is_no_stall(runs: Runs, capsys: Capture, monkeypatch: pytes
         assert look(capsys, "a")[1]["a-00000001"]["state"] == "stalled"
 
 
+def test_a_first_save_may_be_slow(runs: Runs, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How long one takes is not known yet."""
+    folder = runs.add("a-00000001")
+    runs.begin(folder, 3)
+    beat = folder / "control" / "heartbeat.json"
+    beat.write_text(json.dumps(json.loads(beat.read_text()) | {"doing": "saves"}))
+    with hold(folder):
+        for seconds, state, detail in (
+            (1700, "running", "saves"),
+            (200, "stalled", "no heartbeat for 1900 s, since it saves"),
+        ):
+            age_heartbeat(monkeypatch, seconds)
+            told = look(capsys, "a")[1]["a-00000001"]
+            assert (told["state"], told["detail"]) == (state, detail)
+
+
 def test_a_record_that_nobody_closed(runs: Runs, capsys: Capture) -> None:
     folder = runs.add("a-00000001")
     runs.begin(folder, 5)
@@ -138,9 +185,14 @@ def test_who_asked_a_run_to_stop_sees_that_it_has_heard(runs: Runs, capsys: Capt
     folder = runs.add("a-00000001")
     runs.begin(folder, 5)
     with hold(folder):
-        (folder / "control" / "stop").touch()
-        told = look(capsys, "a")[1]["a-00000001"]
-        assert (told["state"], told["detail"]) == ("running", "is asked to stop")
+        for content, detail in (
+            ("", "is asked to stop"),
+            ('{"cause": "cancelled"}', "is asked to stop"),
+            ('{"cause": "terminate"}', "is told to stop (terminate)"),  # by Slurm: nobody asked
+        ):
+            (folder / "control" / "stop").write_text(content)
+            told = look(capsys, "a")[1]["a-00000001"]
+            assert (told["state"], told["detail"]) == ("running", detail)
 
 
 def test_a_run_is_rather_meant_than_a_group_of_its_name(runs: Runs, capsys: Capture) -> None:
@@ -283,7 +335,8 @@ def test_bad_input_is_one_message(runs: Runs, capsys: Capture, words: tuple[str,
         runs.add(name)
     assert synthos(*words) == 2
     shown = capsys.readouterr()
-    assert shown.out == "" and shown.err.startswith(f"error: {expected}")
+    assert shown.err.startswith(f"error: {expected}")
+    assert shown.out == ("" if "--json" not in words else f"{json.dumps({'error': shown.err[7:-1]})}\n")
 
 
 def test_watching_ends_with_the_run(runs: Runs, capsys: Capture) -> None:
