@@ -1,9 +1,16 @@
 """What all tests have in common."""
 
+import atexit
+import shutil
 import tempfile
 from collections.abc import Iterator
 
 import pytest
+
+# A folder for temporary files that ends with this process; by being registered this early it does so after
+# multiprocessing has removed its own there.
+TEMPORARY = tempfile.mkdtemp(prefix="synthos-")
+atexit.register(shutil.rmtree, TEMPORARY, ignore_errors=True)
 
 
 @pytest.hookimpl(trylast=True)  # once every test has its marks
@@ -15,12 +22,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def temporary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A folder for temporary files that ends with the tests: an agent that is killed can't remove its own."""
+    """All temporary files go into that folder: an agent that is killed can't remove its own."""
     tmp_path_factory.getbasetemp()  # pytest's own folder stays, with what failed
-    with (
-        tempfile.TemporaryDirectory(prefix="synthos-", ignore_cleanup_errors=True) as folder,
-        pytest.MonkeyPatch.context() as patch,
-    ):
-        patch.setenv("TMPDIR", folder)
-        patch.setattr(tempfile, "tempdir", folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", TEMPORARY)
+        patch.setattr(tempfile, "tempdir", TEMPORARY)
         yield
