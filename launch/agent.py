@@ -13,12 +13,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import BinaryIO
 
 from launch import attempts, preflight, requeue, snapshot
+from launch.notice import GIVEN, Limit
 from launch.place import (
     Meeting,
     Place,
@@ -109,7 +109,7 @@ def run(folder: Path, place: Place | None = None, keep_open: Sequence[int] = ())
             )
             keeps_time = place.first and place.job  # its end is that of the whole step
             watch = preflight.watch(folder, config, place, meeting.attempt)
-            limit = partial(requeue.seconds_to_save, config.cluster, folder) if keeps_time else None
+            limit = Limit(folder, config.cluster) if keeps_time else None
             wait(process, shown, signals, folder, meeting.attempt, limit, watch)
     if place.first:
         late = LATE_SECONDS if process.returncode == 0 and not place.alone else 0
@@ -226,17 +226,19 @@ def wait(
     signals: list[signal.Signals],
     folder: Path,
     attempt: int,
-    seconds_to_save: Callable[[], float] | None = None,
+    limit: Limit | None = None,
     watch: Callable[[], None] | None = None,
 ) -> None:
     """Show the log as it grows until the process ends; hand on the first signal, and kill on a second Ctrl-C.
 
     The log is a file that is read back, no pipe, so that the ranks outlive this process. Once a rank has failed, its
-    peers get a while to notice: on a GPU they may wait for it in a collective, where no signal reaches them. After a
-    notice the ranks get the `seconds_to_save`, which are asked for when it comes. `watch` may find that they fail.
+    peers get a while to notice: on a GPU they may wait for it in a collective, where no signal reaches them. The
+    `limit` may ask for a notice of its own, and tells after one how long the ranks have to save. `watch` may find that
+    they fail.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    asked, looked, patience, limit = False, -math.inf, math.inf, math.inf
+    asked, looked, patience, end = False, -math.inf, math.inf, math.inf
+    given: dict[str, float] = {}
     screen = Screen(folder / "control" / "heartbeat.json")
     while True:
         ended = process.poll() is not None
@@ -246,18 +248,23 @@ def wait(
             return
         if signals and not asked:
             asked = True
-            create_json(folder / "control" / "stop", {"cause": CAUSES[signals[0]]})  # what is there may say more
-            if seconds_to_save and signals[0] is signal.SIGUSR2:
-                limit = time.monotonic() + seconds_to_save()
+            create_json(
+                folder / "control" / "stop", {"cause": CAUSES[signals[0]], **given}
+            )  # what is there may say more
+            if limit and signals[0] is signal.SIGUSR2:
+                end = time.monotonic() + limit.seconds_to_save()
             again = "; Ctrl-C again kills them" if signals[0] is signal.SIGINT else ""
             print(f"stopping: the ranks finish their step and save{again}", file=sys.stderr)
         if patience == math.inf and time.monotonic() - looked > LOOK_SECONDS:
             looked = time.monotonic()
             if watch:
                 watch()
+            if limit and not signals and (seconds := limit.due()):
+                given = {GIVEN: seconds}
+                signals.append(signal.SIGUSR2)
             if read_json(failure_file(folder, attempt)):  # of the first rank to fail, on whatever node
                 patience = looked + PEER_SECONDS
-        if signal.SIGINT in signals[1:] or time.monotonic() > min(patience, limit):
+        if signal.SIGINT in signals[1:] or time.monotonic() > min(patience, end):
             kill(process.pid)
         time.sleep(POLL_SECONDS)
 

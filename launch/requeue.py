@@ -4,7 +4,6 @@ python -m launch.requeue RUN_DIR            in a job's batch script, once the ag
 python -m launch.requeue --chain RUN_DIR    before the first attempt of a job: queues the job that follows it
 """
 
-import math
 import os
 import signal
 import sys
@@ -15,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from launch import attempts, chain, preflight, render, slurm
+from launch import attempts, chain, notice, preflight, render, slurm
 from launch.decision import CRASHES, Decision, decide
 from launch.failures import killed_rank
 from launch.place import job_id, job_start, node_names
@@ -25,7 +24,6 @@ from synthos.run import read_verdict
 from synthos.schema import ClusterConfig, read_job
 
 ORPHAN_SECONDS = 600  # for ranks whose agent was killed: they save and end
-LIMIT_SLACK_SECONDS = 120  # Slurm's notice comes up to a minute early
 ASKED = ("stop", "cancelled", "interrupt")  # by a person
 PAUSES_SECONDS = (5, 25)  # before a controller that is busy, or starts again, is asked once more
 
@@ -101,7 +99,7 @@ def _job() -> slurm.Job | None:
 def _decide(folder: Path, cluster: ClusterConfig, job: slurm.Job | None, in_slurm: bool) -> Decision:
     record = attempts.newest_record(folder)
     number, told = record["attempt"], read_cause(folder / "control" / "stop")
-    left = _seconds_left(job, _notice_seconds(folder, cluster))
+    left = notice.seconds_left(job, notice.notice_seconds(folder, cluster))
     known = refine(record, job, left, told) if job else {}
     if known.get("cause", record["cause"]) in CRASHES:
         if unseen := preflight.unseen(folder, record):
@@ -118,34 +116,6 @@ def _decide(folder: Path, cluster: ClusterConfig, job: slurm.Job | None, in_slur
     who = f" (rank {known['rank']} {known['message']})" if "rank" in known else ""
     print(f"attempt {number}: {cause}{who}; {decision.decision}{again}: {decision.reason}", flush=True)
     return decision
-
-
-def _notice_seconds(folder: Path, cluster: ClusterConfig) -> float:
-    """How long before its limit this job hears of it."""
-    told = os.environ.get(render.NOTICE)
-    return float(told) if told else render.notice_seconds(cluster, render.save_seconds(folder))
-
-
-def _seconds_left(job: slurm.Job | None, notice_seconds: float) -> float:
-    """Until the notice of the time limit may come, or negative since then."""
-    if job is None or job.ends is None:
-        return math.inf
-    return (job.ends - datetime.now()).total_seconds() - notice_seconds - LIMIT_SLACK_SECONDS
-
-
-def seconds_to_save(cluster: ClusterConfig, folder: Path) -> float:
-    """How long the ranks, which have got a notice, may go on: they must end before the limit, or nothing is requeued.
-
-    A job that is to make room is requeued by Slurm; its end is no limit.
-    """
-    try:
-        job = slurm.show(job_id(os.environ))
-    except RuntimeError:
-        return math.inf
-    if job.ends is None or job.preempted:
-        return math.inf
-    notice = _notice_seconds(folder, cluster)
-    return (job.ends - datetime.now()).total_seconds() - notice + render.seconds_to_save(notice)
 
 
 def refine(record: Mapping[str, Any], job: slurm.Job, seconds_left: float, told: str = "") -> dict[str, Any]:

@@ -208,17 +208,6 @@ def test_a_fault_of_one_node_does_not_speak_for_the_job(tmp_path: Path, monkeypa
         assert (tmp_path / "control" / "refused.json").exists() == refused
 
 
-def test_ranks_that_do_not_save_before_the_limit_are_ended(tmp_path: Path) -> None:
-    (tmp_path / "control").mkdir()
-    (tmp_path / "log").touch()
-    with (tmp_path / "log").open("rb") as shown:
-        slow = python("import time; time.sleep(600)")
-        agent.wait(slow, shown, [signal.SIGUSR2], tmp_path, 1, lambda: 0.2)
-        cancelled = python("import time; time.sleep(0.5)")
-        agent.wait(cancelled, shown, [signal.SIGTERM], tmp_path, 1, lambda: 0.0)
-    assert slow.returncode == -signal.SIGKILL and cancelled.returncode == 0
-
-
 def test_a_second_interrupt_kills_and_a_second_sigterm_does_not(tmp_path: Path) -> None:
     (tmp_path / "control").mkdir()
     (tmp_path / "log").touch()

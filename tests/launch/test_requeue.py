@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from launch import attempts, preflight, render, requeue, slurm
+from launch.notice import seconds_left
 from launch.place import Meeting, Place
 from launch.rundir import hold
 from synthos.data.index import open_index
@@ -49,7 +50,7 @@ WORDS = {
 
 def cause(record: dict[str, Any], told: str = "") -> str:
     job = slurm.show("2")
-    known = requeue.refine(record, job, requeue._seconds_left(job, 300), told)
+    known = requeue.refine(record, job, seconds_left(job, 300), told)
     return str(known.get("cause", record["cause"]))
 
 
@@ -107,17 +108,6 @@ def test_ranks_that_had_to_be_ended_before_the_limit_met_it(tools: Callable[...,
     assert (cause(record, told="notice"), cause(record)) == ("time_limit", "killed")
     tools(scontrol=WORDS["as it runs"])
     assert cause(record, told="notice") == "killed"
-
-
-def test_ranks_may_save_until_a_minute_before_the_limit(tools: Callable[..., Path], tmp_path: Path) -> None:
-    cluster = compose_for_test("recipe=i2i", "model=tiny", "data=photos", "cluster=slurm").cluster
-    tools(scontrol=RUNNING.replace("2027-11-27T16:38:40", (datetime.now() + timedelta(seconds=300)).isoformat()))
-    assert 230 < requeue.seconds_to_save(cluster, tmp_path) <= 240
-    assert 280 < requeue.seconds_to_save(replace(cluster, notice_seconds=20), tmp_path) <= 290
-    tools(scontrol=WORDS["near its limit"].replace("PreemptTime=None", "PreemptTime=2026-11-27T16:38:45"))
-    assert requeue.seconds_to_save(cluster, tmp_path) == float("inf")
-    tools(scontrol="nothing")
-    assert requeue.seconds_to_save(cluster, tmp_path) == float("inf")
 
 
 def test_ranks_that_saved_after_their_agent_was_killed_go_on(tools: Callable[..., Path]) -> None:
