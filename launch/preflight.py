@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch import attempts, provenance, snapshot
+from launch import attempts, provenance, render, slurm, snapshot
+from launch.decision import bad_nodes
 from launch.gpus import RELEASE_SECONDS, gpu_faults
 from launch.place import Meeting, Place, allowed_cores
 from synthos.files import read_json, write_json
@@ -77,6 +78,9 @@ def check(folder: Path, config: JobConfig, place: Place, meeting: Meeting, signa
     nodes = _gather(own, place, meeting.time, signals)
     names = _names(folder, place)
     absent = [] if signals else [names[index] for index in range(place.nodes) if index not in nodes]
+    shunned = _shunned(folder, config) if place.job else ()
+    for node in nodes.values():
+        node["faults"] += ["it has failed under this run before"] if node["name"] in shunned else []
     found = judge(nodes, absent, scheduled=bool(place.job))
     if not found.passed:
         # Different code or packages would be found again, with whatever nodes.
@@ -88,6 +92,17 @@ def check(folder: Path, config: JobConfig, place: Place, meeting: Meeting, signa
         {**asdict(found), "passed": found.passed, "seconds": seconds, "nodes": [nodes[n] for n in sorted(nodes)]},
     )
     return found
+
+
+def _shunned(folder: Path, config: JobConfig) -> Sequence[str]:
+    """The nodes to be excluded that Slurm, which starts a job again after a lost node, was not told of.
+
+    None where too few others would be left: a job that nobody could start would wait for ever.
+    """
+    if not (bad := bad_nodes(attempts.records(folder)[:-1])):
+        return ()
+    others = slurm.others(render.excluded(config.cluster, folder) or "")
+    return bad if others is not None and others >= config.nodes else ()
 
 
 def examine(folder: Path, config: JobConfig, place: Place, heard: float) -> Facts:

@@ -175,9 +175,11 @@ def _ask_slurm(folder: Path, cluster: ClusterConfig, decision: Decision, start: 
         return
     if again and decision.exclude:  # only a pending job takes it
         following = own if cluster.requeue == "scontrol" else chain.waiting(folder, start)
-        nodes = f"ExcNodeList={render.excluded(cluster, folder)}"
+        excluded = render.excluded(cluster, folder) or ""
         try:
-            _order("scontrol", "update", f"JobId={following}", nodes)
+            if (others := slurm.others(excluded)) is not None and others < read_job(folder / "config.yaml").nodes:
+                raise RuntimeError(f"its partition has {others} others")
+            _order("scontrol", "update", f"JobId={following}", f"ExcNodeList={excluded}")
         except RuntimeError as error:
             print(f"warning: the run may get the nodes again that failed: {error}", file=sys.stderr)
 

@@ -137,6 +137,17 @@ def _short_grace(config: JobConfig, folder: Path) -> Iterator[str]:
         )
 
 
+def others(excluded: str) -> int | None:
+    """How many nodes the partition of this job has besides those, up or down; None where Slurm can't be asked here."""
+    partition = os.environ.get("SLURM_JOB_PARTITION")
+    only = [f"--partition={partition}"] if partition else []
+    try:
+        known = order(["sinfo", "--noheader", "--Node", "--format=%N", *only]).split()
+        return len(set(known) - set(order(["scontrol", "show", "hostnames", excluded]).split()))
+    except RuntimeError:
+        return None
+
+
 def _too_much(config: JobConfig) -> Iterator[str]:
     """What is asked for beyond all that the partition has, nodes that are down included."""
     cluster = config.cluster

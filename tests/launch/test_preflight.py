@@ -8,12 +8,14 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from launch import agent, attempts, preflight
+from launch.decision import decide
 from launch.place import Meeting, Place
 from launch.preflight import Findings, check, judge
 from synthos.files import read_json, write_json
@@ -260,3 +262,24 @@ def test_ranks_that_come_in_the_last_second_have_time_to_meet(folder: Path) -> N
     watch.together = -math.inf
     watch.look()
     assert read_json(failure_file(folder, 1))["bad_nodes"] == ["node1"]
+
+
+@pytest.mark.parametrize(("known", "refused"), [("node1 node2", True), ("node2", False), (None, False)])
+def test_a_node_that_slurm_gives_again_is_refused(
+    folder: Path, tools: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, known: str | None, refused: bool
+) -> None:
+    """It starts a job again by itself after a lost node. Not where no other is left, or nobody can tell."""
+    config = compose_for_test(*BASE, "cluster=slurm")
+    write_config(config, folder / "config.yaml")
+    monkeypatch.setenv("SLURMD_NODENAME", "node2")
+    if known is not None:
+        tools(sinfo=known, scontrol="node2")
+    attempts.end(folder, 1)
+    attempts.amend(folder, 1, cause="node_failure", bad_nodes=["node2", "node2"], next={"decision": "requeue"})
+    attempts.begin(folder, [], job="7.1", nodes=["node2"])
+    found = check(folder, config, Place("7.1", step="0"), Meeting("7.1.0", 2, "localhost", 1, time.time()), [])
+    assert found.passed != refused
+    if refused:
+        assert found.message == "preflight: node2: it has failed under this run before"
+        assert attempts.end(folder, 2)["cause"] == "preflight" and found.bad_nodes == ["node2"]
+        assert decide(attempts.records(folder), config.cluster, datetime.now(UTC)).exclude == ("node2",)

@@ -293,6 +293,20 @@ def test_an_excluded_node_is_told_to_slurm_when_the_job_is_pending_again(
     assert asked.read_text().splitlines()[-2:] == ["scontrol requeue 2", "scontrol update JobId=2 ExcNodeList=node2"]
 
 
+@pytest.mark.parametrize("known", ["node2", "node2 node3"])
+def test_no_node_is_excluded_where_too_few_others_are_left(
+    tools: Callable[..., Path], ended: Any, capsys: pytest.CaptureFixture[str], known: str
+) -> None:
+    """The job would wait for ever."""
+    folder, _ = ended("drain", "nodes=2", "batch.size=16")
+    attempts.amend(folder, 1, bad_nodes=["node2", "node2"])
+    asked = tools(scontrol=WORDS["as it runs"], sinfo=known)
+    with (asked.parent / "bin" / "scontrol").open("a") as tool:
+        tool.write("[[ $2 == hostnames ]] && echo node2 || exit 0\n")
+    assert requeue.main(folder) == 0 and "ExcNodeList" not in asked.read_text()
+    assert f"its partition has {len(known.split()) - 1} others" in capsys.readouterr().err
+
+
 def test_nodes_that_failed_come_beside_those_of_the_config(
     tools: Callable[..., Path], ended: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
