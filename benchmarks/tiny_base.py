@@ -23,8 +23,9 @@ from torch import Tensor
 from benchmarks.measures import SPLITS
 from benchmarks.measures_decomposer import measure_dependence, velocity, whole
 from synthos.batch import Batch, Features
-from synthos.build import build_recipe, fill_frozen, last_step
+from synthos.build import build_recipe, fill_frozen
 from synthos.data import photos
+from synthos.data.plan import last_step
 from synthos.data.stream import HeldOut, Stream
 from synthos.diffusion.densities import logit_normal
 from synthos.diffusion.dropout import drop

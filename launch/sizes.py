@@ -5,7 +5,6 @@ import math
 import torch
 
 from synthos.schema import RunConfig
-from synthos.train.distributed import rank_bytes
 from synthos.train.memory import (
     SHARE,
     Layout,
@@ -15,6 +14,7 @@ from synthos.train.memory import (
     choose_layout,
     count,
     export_bytes,
+    rank_bytes,
     readable,
     staged_bytes,
 )

@@ -1,7 +1,6 @@
 """The only wiring from a config to objects."""
 
 import dataclasses
-import importlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,24 @@ from PIL import Image
 from torch import nn
 
 from synthos.batch import Features
-from synthos.data.plan import steps_of
+from synthos.data.plan import last_step
 from synthos.data.stream import HeldOut, Stream
 from synthos.data.streaming import Streaming
 from synthos.models import initial
 from synthos.models.parts import Models, contents
-from synthos.recipes.base import Encoded, Recipe, file_fields, load_encoded, name_pictures, save_encoded
+from synthos.recipes.base import (
+    Encoded,
+    Recipe,
+    file_fields,
+    load_encoded,
+    located,
+    name_pictures,
+    recipe_class,
+    recipe_config,
+    save_encoded,
+)
 from synthos.schema import RunConfig
-from synthos.strict import load, unknown
+from synthos.strict import load
 from synthos.train.checkpoint import Checkpoints
 from synthos.train.distributed import (
     Mesh,
@@ -43,22 +52,6 @@ from synthos.train.stop import Stop
 from synthos.train.validate import Validator
 
 log = logging.getLogger(__name__)
-
-
-def recipe_class(name: str) -> Any:
-    """The class that `synthos.recipes.<name>` names as its RECIPE."""
-    known = sorted(
-        f.stem for f in (Path(__file__).parent / "recipes").glob("*.py") if f.stem not in ("__init__", "base")
-    )
-    if name not in known:
-        raise ValueError(f"recipe.name: no recipe {name!r}; {unknown(name, known)}")
-    return importlib.import_module(f"synthos.recipes.{name}").RECIPE
-
-
-def recipe_config(recipe: dict[str, Any]) -> Any:
-    """The recipe's own Config from the config's `recipe` group."""
-    values = {key: value for key, value in recipe.items() if key != "name"}
-    return load(recipe_class(recipe["name"]).Config, values, "recipe")
 
 
 def build_recipe(recipe: dict[str, Any], models: Models, encoders: bool = True) -> Recipe:
@@ -143,21 +136,6 @@ def build_stream(config: RunConfig, recipe: Recipe, world: World) -> Stream | St
     return Streaming(data, inputs, batch_size=size, rank=world.rank, world=world.size, seed=seed, collect=world.collect)
 
 
-def last_step(config: RunConfig, samples: int) -> int:
-    """The number of optimiser steps, from `optim.steps` or from epochs of `samples`.
-
-    Raises ValueError where epochs have no fixed number of steps.
-    """
-    if config.optim.steps is not None:
-        return config.optim.steps
-    if config.data.buckets and config.data.tail != "carry":
-        raise ValueError(
-            f"optim.epochs: with data.buckets and data.tail={config.data.tail} its steps depend on what the buckets "
-            "hold; expected optim.steps, or data.tail=carry"
-        )
-    return steps_of(config.optim.epochs or 0, samples, config.batch.size, config.data.tail)
-
-
 def fill_frozen(
     recipe: Recipe, models: Models, device: torch.device, dtype: torch.dtype, mesh: Mesh | None = None
 ) -> None:
@@ -227,11 +205,6 @@ def _encode(config: RunConfig, recipe: Recipe, requests: list[Any]) -> tuple[Enc
 def _listed(config: RunConfig) -> list[dict[str, Any]]:
     """The requests of the frozen config: submission has turned a JSONL file into a list."""
     return config.validate.requests if isinstance(config.validate.requests, list) else []
-
-
-def located(request: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """A request's files were copied into the run folder at submission and are named relative to it."""
-    return request | {key: str(folder / file) for key, file in file_fields(request).items()}
 
 
 def _from_split(config: RunConfig, folder: Path, recipe: Recipe, held_out: HeldOut, save: bool) -> list[Any]:

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from synthos.build import located, recipe_class
 from synthos.generate import Generator, fill, open_recipe
-from synthos.recipes.base import group_rows, is_encoded, name_pictures
+from synthos.recipes.base import group_rows, is_encoded, located, name_pictures, recipe_class
 from synthos.schema import GenerateConfig
 from synthos.strict import load as load_schema
 from synthos.train.distributed import World

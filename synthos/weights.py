@@ -21,7 +21,6 @@ from synthos.models.tensors import take_tensors, tensor_files
 from synthos.recipes.base import load_encoded
 from synthos.schema import ModelConfig, PartConfig, RunConfig, read_job
 from synthos.strict import read_config
-from synthos.train.checkpoint import read_tensors, stored_sizes
 from synthos.train.checkpoint_files import MANIFEST, STATE, STEP, is_whole
 
 EXPECTED = (
@@ -180,6 +179,8 @@ def _checkpoint(path: Path, average: bool | None) -> Source:
     averaged = config.ema.decay is not None if average is None else average
 
     def start(network: nn.Module, models: Models) -> None:
+        from synthos.train.checkpoint import read_tensors, stored_sizes  # not above: half a second of every dry run
+
         if problem := changed(config, run):
             raise ValueError(f"weights: {path}: {problem}")
         start_from(config, network, models)  # what the run did not train, it may have from there

@@ -17,7 +17,7 @@ from launch.cli import VERBS, find, split_verb
 from launch.commands import detailmaster
 from launch.compose import choices, compose, compose_generate
 from launch.points import compose_points
-from synthos.build import recipe_class, recipe_config
+from synthos.recipes.base import recipe_class, recipe_config
 from tests.support import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -12,7 +12,7 @@ from synthos.schema import RunConfig, read_job
 
 def main(arguments: list[str]) -> int:
     """Audit a run; 1 where a sample is lost, repeated or unplanned; ValueError for what is no run."""
-    from synthos.build import recipe_class
+    from synthos.recipes.base import recipe_class
 
     args = parser().parse_args(arguments)
     run = find_one(args.run)

@@ -24,7 +24,8 @@ Rows = list[tuple[Any, ...]]
 
 def main(arguments: list[str]) -> int:
     """Print the forecast; ValueError for what can't be composed, and for data that can't be trained on."""
-    from synthos.build import last_step, recipe_class, recipe_config
+    from synthos.data.plan import last_step
+    from synthos.recipes.base import recipe_class, recipe_config
 
     if {"-h", "--help"} & set(arguments):
         print(USAGE, end="")

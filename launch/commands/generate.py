@@ -22,7 +22,7 @@ from launch.rundir import code_problems, open_folder, read_state, run_folder
 from launch.runs import find_one, runs_root
 from launch.start import start
 from synthos.models.parts import missing
-from synthos.recipes.base import is_encoded, name_pictures
+from synthos.recipes.base import is_encoded, name_pictures, recipe_class
 from synthos.schema import GenerateConfig
 from synthos.strict import dump
 from synthos.weights import Source, find_source, is_run, planned_source
@@ -46,7 +46,6 @@ def main(arguments: list[str]) -> int | Callable[[], int]:
     if not arguments or {"-h", "--help"} & set(arguments):
         print(USAGE, f"cluster: {', '.join(choices()['cluster'])}", sep="\n")
         return 0
-    from synthos.build import recipe_class
 
     pairs = [split(argument) for argument in arguments]
     given = dict(pairs)

@@ -21,7 +21,7 @@ from launch.look import look
 from launch.rundir import read_state
 from launch.runs import find_one, signature
 from launch.tell import new_parser, print_json, warn
-from synthos.build import located
+from synthos.recipes.base import located
 from synthos.schema import GenerateConfig, JobConfig, RunConfig, read_job
 from synthos.strict import LOADER, dump, load, read_yaml, unknown
 

@@ -18,11 +18,14 @@ from launch.requests import load_requests
 from launch.rundir import code_problems, open_folder, read_state, run_folder
 from launch.start import start
 from launch.survey import space_problems, survey
+from synthos.data.plan import last_step
 from synthos.models import initial
 from synthos.models.content import digest
 from synthos.models.parts import pinned
+from synthos.recipes.base import recipe_class, recipe_config
 from synthos.schema import RunConfig
 from synthos.strict import dump
+from synthos.train.memory import Sizes
 
 USAGE = """usage: synthos submit recipe=<name> [group=<name>] [key=value] ...
 
@@ -89,8 +92,6 @@ def make_plan(
     A dry run builds the model if it is to be `full`, as a submission does. A `new` run is none that was begun before.
     What is `known` from other points of a sweep is not found out again.
     """
-    from synthos.build import last_step, measure, recipe_class, recipe_config
-
     known = known or Known()
     recipe = recipe_class(config.recipe.get("name", ""))
     problems = [*value_problems(config, recipe, recipe_config(config.recipe)), *secrets(dump(config))]
@@ -106,7 +107,7 @@ def make_plan(
     )
     built = (config.model, config.recipe, config.init_from, config.cache_dir)
     shaped = (*built, requests, config.optim.lr_groups, config.data.height, config.data.width)
-    sizes = known.ask("sizes", shaped, lambda: measure(config)) if full or not dry_run else None
+    sizes = known.ask("sizes", shaped, lambda: _measure(config)) if full or not dry_run else None
     where = (config.cluster, config.runs_dir, config.cache_dir)
     absent = known.ask("machine", (where, config.nodes, config.gpus_per_node), lambda: [*machine_problems(config)])
     absent = [*absent, *known.ask("code", where, lambda: code_problems(config, CHECKOUT))]
@@ -129,6 +130,12 @@ def make_plan(
         sizes=sizes,
         last_step=steps,
     )
+
+
+def _measure(config: RunConfig) -> Sizes:
+    from synthos.build import measure  # not above: all of training, of which a dry run needs nothing
+
+    return measure(config)
 
 
 def _sig8(config: RunConfig, fingerprint: str, known: Known) -> str:

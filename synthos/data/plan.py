@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from synthos.data.mixture import Mixture
 from synthos.data.order import Order
+from synthos.schema import RunConfig
 
 MAX_LANES = 64
 Tail = Literal["carry", "drop", "pad"]
@@ -180,6 +181,21 @@ def steps_of(epochs: float, num_samples: int, batch_size: int, tail: Tail) -> in
         return math.floor(epochs * num_samples / batch_size + 1e-9)  # 0.29 * 100 is 28.999...
     whole = -(-num_samples // batch_size) if tail == "pad" else num_samples // batch_size
     return math.floor(epochs) * whole + min(math.floor(epochs % 1 * num_samples / batch_size + 1e-9), whole)
+
+
+def last_step(config: RunConfig, samples: int) -> int:
+    """The number of optimiser steps, from `optim.steps` or from epochs of `samples`.
+
+    Raises ValueError where epochs have no fixed number of steps.
+    """
+    if config.optim.steps is not None:
+        return config.optim.steps
+    if config.data.buckets and config.data.tail != "carry":
+        raise ValueError(
+            f"optim.epochs: with data.buckets and data.tail={config.data.tail} its steps depend on what the buckets "
+            "hold; expected optim.steps, or data.tail=carry"
+        )
+    return steps_of(config.optim.epochs or 0, samples, config.batch.size, config.data.tail)
 
 
 def default_lanes(batch_size: int) -> int:

@@ -9,6 +9,7 @@ that sharding may wrap it; both are collective under sharding, so the number of 
 Encoders may be sharded too: `encode` calls each as a whole, and takes of its parameters no more than dtype and shape.
 """
 
+import importlib
 import json
 import math
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from synthos.batch import Batch, Feature, Features, Input
 from synthos.keys import Draws
 from synthos.models.parts import Models
 from synthos.models.tensors import save_tensors
+from synthos.strict import load, unknown
 
 # [P, 3, H, W], float32 in [0, 1]: the pictures of the first request, then those of the second, ...
 Images = Tensor
@@ -162,6 +164,11 @@ def file_fields(request: dict[str, Any]) -> dict[str, str]:
     return {key: value for key, value in request.items() if key.startswith(FILES) and isinstance(value, str)}
 
 
+def located(request: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A request's files were copied into the run folder at submission and are named relative to it."""
+    return request | {key: str(folder / file) for key, file in file_fields(request).items()}
+
+
 def check_setting(setting: dict[str, Any], multiple: int, scales: tuple[str, ...], largest: float = math.inf) -> None:
     """Raise ValueError for a size that is no multiple or too large, for no steps, and for a scale that is no number."""
     named = f"request {setting['name']!r}"
@@ -207,3 +214,17 @@ def load_encoded(path: Path) -> tuple[Encoded, Features]:
             kinds[kind][name] = file.get_tensor(key)
         settings = json.loads(file.metadata()["settings"])
     return Encoded(kinds["condition"], kinds["negative"], settings), kinds["null"]
+
+
+def recipe_class(name: str) -> Any:
+    """The class that `synthos.recipes.<name>` names as its RECIPE."""
+    known = sorted(f.stem for f in Path(__file__).parent.glob("*.py") if f.stem not in ("__init__", "base"))
+    if name not in known:
+        raise ValueError(f"recipe.name: no recipe {name!r}; {unknown(name, known)}")
+    return importlib.import_module(f"synthos.recipes.{name}").RECIPE
+
+
+def recipe_config(recipe: dict[str, Any]) -> Any:
+    """The recipe's own Config from the config's `recipe` group."""
+    values = {key: value for key, value in recipe.items() if key != "name"}
+    return load(recipe_class(recipe["name"]).Config, values, "recipe")

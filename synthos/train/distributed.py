@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from synthos.models.tensors import Tensors
 from synthos.recipes.base import Recipe
 from synthos.schema import GenerateConfig, RunConfig
-from synthos.train.memory import Layout, Mode, choose_layout, repeated_blocks, sizes_of
+from synthos.train.memory import Layout, Mode, choose_layout, rank_bytes, repeated_blocks, sizes_of
 
 MEETING_ELEMENTS = 2**17  # int64, a megabyte: more than a message that travels with its header
 Mesh = DeviceMesh
@@ -217,15 +217,6 @@ def local(tensor: Tensor) -> Tensor:
 def whole(tensor: Tensor) -> Tensor:
     """The whole value of a tensor that may be sharded; collective."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def rank_bytes(config: RunConfig, device: torch.device) -> float:
-    """Bytes of memory that one rank may call its own: `cluster.gpu_memory_gb` if set, else what the device has."""
-    if config.cluster.gpu_memory_gb is not None:
-        return 1e9 * config.cluster.gpu_memory_gb
-    if device.type == "cuda":
-        return float(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / config.gpus_per_node
 
 
 def peak_memory(device: torch.device) -> float:

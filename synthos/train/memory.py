@@ -5,6 +5,7 @@ Weights and states at rest are counted to the byte, and what FSDP gathers in a s
 
 import dataclasses
 import math
+import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
@@ -237,3 +238,12 @@ def _units(module: nn.Module, units: list[nn.Module]) -> list[int]:
         sizes.append(sum(p.numel() for p in own))
         owned |= own
     return sizes
+
+
+def rank_bytes(config: RunConfig, device: torch.device) -> float:
+    """Bytes of memory that one rank may call its own: `cluster.gpu_memory_gb` if set, else what the device has."""
+    if config.cluster.gpu_memory_gb is not None:
+        return 1e9 * config.cluster.gpu_memory_gb
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / config.gpus_per_node

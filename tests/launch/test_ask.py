@@ -11,7 +11,7 @@ from launch.ask import ask, parse_fields, request_fields
 from launch.compose import compose_generate, file_name
 from launch.identity import sig8_of_generation
 from launch.rundir import open_folder
-from synthos.build import recipe_class
+from synthos.recipes.base import recipe_class
 from synthos.recipes.i2i import I2IRequest
 from synthos.schema import GenerateConfig, read_job
 

@@ -15,7 +15,7 @@ from launch.check import (
     value_problems,
 )
 from launch.compose import compose
-from synthos.build import recipe_class, recipe_config
+from synthos.recipes.base import recipe_class, recipe_config
 from synthos.schema import RunConfig
 
 RIGHT = ("recipe=i2i", "model=tiny", "data=photos", "cluster=local", "cluster.device=cpu", "batch={size: 24, micro: 4}")

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from launch.compose import CHECKOUT, CONFIGS, choices, compose
-from synthos.build import recipe_class
+from synthos.recipes.base import recipe_class
 
 BASE = ("recipe=i2i", "model=tiny")
 RECIPES = ", ".join(choices()["recipe"])

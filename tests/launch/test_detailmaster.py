@@ -9,7 +9,7 @@ import pytest
 
 from launch.cli import main
 from launch.requests import read_requests
-from synthos.build import recipe_class
+from synthos.recipes.base import recipe_class
 
 LONG = "A bowl of broccoli stands to the left of a metallic kettle, \u201csilver\u201d and round. " * 12
 ROWS: list[dict[str, Any]] = [  # in the data set's form: arXiv 2505.16915

@@ -11,8 +11,7 @@ from PIL import Image
 
 from launch.compose import compose
 from launch.requests import load_requests
-from synthos.build import recipe_class
-from synthos.recipes.base import file_fields
+from synthos.recipes.base import file_fields, recipe_class
 
 
 @pytest.fixture

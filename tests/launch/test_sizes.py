@@ -9,8 +9,7 @@ from launch.compose import compose
 from launch.sizes import counted_rows, stated_rows
 from synthos.build import measure
 from synthos.schema import RunConfig
-from synthos.train.distributed import rank_bytes
-from synthos.train.memory import Sizes, rank_memory
+from synthos.train.memory import Sizes, rank_bytes, rank_memory
 from tests.launch.conftest import Submit
 from tests.support import ROOT, environment
 

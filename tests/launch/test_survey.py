@@ -11,7 +11,7 @@ import torch
 import synthos.data
 from launch.compose import compose
 from launch.survey import Survey, space_problems, survey
-from synthos.build import recipe_class
+from synthos.recipes.base import recipe_class
 from synthos.train.memory import Sizes, checkpoint_bytes
 from tests.launch.conftest import Submit, tree
 from tests.launch.test_attempts import make_checkpoint

@@ -19,11 +19,12 @@ from torch import Tensor
 from launch.check import value_problems
 from launch.compose import compose
 from synthos.batch import Batch
-from synthos.build import fill_frozen, measure, recipe_config
+from synthos.build import fill_frozen, measure
 from synthos.data.stream import Stream
 from synthos.keys import Draws, FixedDraws, KeyedDraws
 from synthos.models.autoencoder_kl import decode_latents
 from synthos.models.parts import Models
+from synthos.recipes.base import recipe_config
 from synthos.recipes.decomposer import DecomposerConfig, DecomposerRecipe, DecomposerRequest
 from synthos.schema import ModelConfig
 from synthos.train.distributed import World, build_mesh, fill_sharded, fill_whole, set_dtypes, shard

@@ -8,7 +8,7 @@ import pytest
 
 from launch.check import value_problems
 from launch.compose import CONFIGS, compose
-from synthos.build import recipe_class, recipe_config
+from synthos.recipes.base import recipe_class, recipe_config
 
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
 ORIGINALS = {  # of the optimiser, the batch on 8 GPUs, validation and the recipe

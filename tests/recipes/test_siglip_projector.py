@@ -19,13 +19,14 @@ from torch.distributed.fsdp import FSDPModule
 from launch.cli import main
 from launch.compose import compose
 from synthos.batch import Batch
-from synthos.build import fill_frozen, recipe_config
+from synthos.build import fill_frozen
 from synthos.data.stream import Stream
 from synthos.keys import FixedDraws, KeyedDraws
 from synthos.models import sd_unet
 from synthos.models.clip import squash
 from synthos.models.parts import Models
 from synthos.models.siglip import encode_image
+from synthos.recipes.base import recipe_config
 from synthos.recipes.siglip_projector import SigLIPConfig, SigLIPProjector, SigLIPRequest
 from synthos.schema import ModelConfig
 from synthos.train.distributed import World, build_mesh, fill_sharded, fill_whole, set_dtypes, shard

@@ -11,8 +11,8 @@ from torch import nn
 from synthos.build import build_recipe
 from synthos.models.parts import Models
 from synthos.recipes.base import Recipe
-from synthos.train.distributed import World, fill_whole, layout_of, rank_bytes
-from synthos.train.memory import rank_memory, sizes_of
+from synthos.train.distributed import World, fill_whole, layout_of
+from synthos.train.memory import rank_bytes, rank_memory, sizes_of
 from tests.support import run_config, world_of_one
 
 CPU = torch.device("cpu")
