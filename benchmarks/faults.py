@@ -137,6 +137,12 @@ class Victim:
 
         self.wait(goes, "a start", seconds)
 
+    def resume(self, *overrides: str) -> None:
+        """What a person does to go on, who types the line himself where Synthos only prints it."""
+        said = self.run(Path(sys.executable).with_name("synthos"), "resume", self.folder, *overrides).splitlines()[-1]
+        by_hand = said.startswith("env -i ")
+        self.job = self.run("bash", "-c", said).split()[-1] if by_hand else (self.folder / "slurm" / "job").read_text()
+
     def _begun(self, number: int) -> int:
         """The step that an attempt began with, which is known when it has restored its checkpoint."""
         rows = (self.folder / "metrics.jsonl").read_text().splitlines()
@@ -234,14 +240,34 @@ def cancelled(run: Victim) -> None:
     """Cancelled, and resumed by hand."""
     run.run("scancel", run.job)
     run.wait(lambda: run.state() == "CANCELLED", "the end of its job")
-    script = Path(sys.executable).with_name("synthos")
-    said = run.run(script, "resume", run.folder).splitlines()[-1]
-    by_hand = said.startswith("env -i ")  # the line to type
-    run.job = run.run("bash", "-c", said).split()[-1] if by_hand else (run.folder / "slurm" / "job").read_text()
+    run.resume()
 
 
 def rank_killed(run: Victim) -> None:
     os.kill(run.processes("synthos.run")[0], signal.SIGKILL)
+
+
+def killed_in_save(run: Victim) -> None:
+    """Every rank is killed while a checkpoint is being written: what is there of it never gets its name."""
+    checkpoints = run.folder / "checkpoints"
+
+    def is_stopped_in_save() -> bool:
+        """The ranks stand still, and what they write has not been renamed."""
+        ranks = run.processes("synthos.run")
+        until = time.monotonic() + 1
+        while time.monotonic() < until:
+            if parts := [path for path in checkpoints.iterdir() if path.name.endswith(".part")]:
+                for pid in ranks:
+                    os.kill(pid, signal.SIGSTOP)
+                if parts[0].exists():
+                    return True
+                for pid in ranks:
+                    os.kill(pid, signal.SIGCONT)
+        return False
+
+    run.wait(is_stopped_in_save, "a save to be cut short")
+    for pid in run.processes("synthos.run"):
+        os.kill(pid, signal.SIGKILL)
 
 
 def agent_killed(run: Victim) -> None:
@@ -255,5 +281,5 @@ def _preempt(run: Victim) -> None:
 
 FAULTS: tuple[Fault, ...] = (
     time_limit, preemption, preemption_by_usr2, slow_save, requeue, truncated, node_down, drain, cancelled,
-    rank_killed, agent_killed,
+    rank_killed, killed_in_save, agent_killed,
 )  # fmt: skip

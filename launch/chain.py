@@ -30,7 +30,7 @@ def queue(folder: Path) -> int:
     try:
         job = slurm.order(successor(config, folder, job_id(os.environ)), environment)
     except RuntimeError as error:
-        if (found := _unanswered(folder, own)) is None:
+        if (found := unanswered(folder, own)) is None:
             print(f"error: no successor is queued: {error}", file=sys.stderr)
             return 0
         job = found
@@ -49,16 +49,17 @@ def successor(config: JobConfig, folder: Path, job: str) -> list[str]:
     return [first, "--parsable", f"--dependency=afterany:{job}", *kept]
 
 
-def _unanswered(folder: Path, own: str) -> str | None:
-    """The successor that Slurm has taken all the same, though sbatch did not say so."""
-    try:
-        jobs = squeue.jobs_of([folder]).of(folder)
-    except RuntimeError:
-        return None
-    return next((one.job for one in jobs if one.pending and one.job != own), None)
-
-
 def waiting(folder: Path, start: str) -> str | None:
     """The job that waits to go on after this start of a job."""
     said = read_json(folder / "control" / "successor.json")
     return str(said["job"]) if said.get("of") == start.split(".")[0] else None
+
+
+def unanswered(folder: Path, own: str) -> str | None:
+    """The successor of a job that Slurm has taken though sbatch did not say so: it waits for that job, and no other."""
+    try:
+        waiting = [one.job for one in squeue.jobs_of([folder]).of(folder) if one.pending and one.job != own]
+        told = {job: slurm.order(["scontrol", "--oneliner", "show", "job", job]) for job in waiting}
+    except RuntimeError:
+        return None
+    return next((job for job, words in told.items() if f"Dependency=afterany:{own}(" in words), None)

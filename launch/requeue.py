@@ -158,13 +158,16 @@ def _ask_slurm(folder: Path, cluster: ClusterConfig, decision: Decision, start: 
     """Have the run started again by Slurm, or not at all; a failure is written into the record."""
     number, own = attempts.newest_record(folder)["attempt"], job_id(os.environ)
     again = decision.decision == "requeue"
+    successor = chain.waiting(folder, start)
+    if cluster.requeue == "chain" and not successor:  # then it was asked for in vain, as far as anybody knows
+        successor = chain.unanswered(folder, start.split(".")[0])
     try:
         if again and cluster.requeue == "scontrol":
             _patiently(lambda: _requeue(own, start))
-        elif again and not chain.waiting(folder, start):
+        elif again and not successor:
             raise RuntimeError("no successor was queued, see the job's output")
         elif decision.decision == "end":
-            left = [own if _requeued(job, start) else None, chain.waiting(folder, start)]
+            left = [own if _requeued(job, start) else None, successor]
             for waiting in filter(None, left):
                 _order("scancel", waiting)
     except RuntimeError as error:
@@ -174,7 +177,7 @@ def _ask_slurm(folder: Path, cluster: ClusterConfig, decision: Decision, start: 
         print(f"error: the run does not start again by itself: {reason}", file=sys.stderr)
         return
     if again and decision.exclude:  # only a pending job takes it
-        following = own if cluster.requeue == "scontrol" else chain.waiting(folder, start)
+        following = own if cluster.requeue == "scontrol" else successor
         excluded = render.excluded(cluster, folder) or ""
         try:
             if (others := slurm.others(excluded)) is not None and others < read_job(folder / "config.yaml").nodes:

@@ -117,21 +117,23 @@ def _follow(folder: Path, only: int | None, rank: int | None, lines: int) -> int
                 looked = time.monotonic()
                 one = look(folder, squeue.ask([folder]))
                 over = not one.goes_on
-            newest = only or _newest(folder)  # after the look, and before the logs, so that no end is missed
+            newest = _newest(folder)  # after the look, and before the logs, so that no end is missed
             record = _record(folder, attempt) if attempt else {}
             for file, text in _grown(folder, attempt, rank, shown, 0 if only else lines):
                 if file != last:
                     print(f"==> {file} <==")
                     last = file
                 print(text, end="", flush=True)
-            if attempt and attempt not in told and (over or newest != attempt or "ended" in record):
+            # Which rank was killed is known once it is decided what follows.
+            settled = over or newest != attempt or "next" in record
+            if attempt and attempt not in told and settled:
                 told.add(attempt)
                 _tell_failure(folder, attempt, rank, lines)
                 last = None
-            if only and "ended" in record:
+            if only and settled and "ended" in record:
                 print(f"{folder.name}, attempt {only}: {record['status']}, {record['cause']}")
                 return int(record["status"] == "failed")
-            if newest != attempt:  # at once: it may be over as well
+            if newest != attempt and not only:  # at once: it may be over as well
                 attempt, looked = newest, float("-inf")
                 continue
             if over:

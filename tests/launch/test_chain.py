@@ -119,18 +119,27 @@ def line(job: str, state: str, folder: Path) -> str:
     return f"{job}|0|{state}|Dependency||N/A|{folder / 'slurm' / job}.out"
 
 
+@pytest.mark.parametrize(("cause", "then"), [("stop", "scancel 3"), ("drain", "")])
 def test_a_successor_whose_sbatch_did_not_answer_is_found_in_the_queue(
-    tools: Callable[..., Path], ended: Any, tmp_path: Path
+    tools: Callable[..., Path], ended: Any, tmp_path: Path, cause: str, then: str
 ) -> None:
-    """It is the job that waits: neither this one, nor the one before it, nor one of another run."""
-    folder, _ = ended("stop", "cluster.requeue=chain")
+    """It is the job that waits for this one: not the one before it, nor one of another run, nor what a person has
+    submitted. Where it came late, it is found at the end, to be taken back or left in peace.
+    """
+    folder, _ = ended(cause, "cluster.requeue=chain")
     listed = [line("1", "COMPLETING", folder), line("2", "RUNNING", folder), line("9", "PENDING", tmp_path / "other")]
+    listed.append(line("8", "PENDING", folder))
     asked = tools(scontrol=WORDS["as it runs"], scancel="", squeue="\n".join(listed))
+    with (tmp_path / "bin" / "scontrol").open("a") as tool:
+        tool.write('[[ $4 == 3 ]] && echo "Dependency=afterany:2(unfulfilled)" || echo "Dependency=afterany:22(x)"\n')
     refuse_to_answer(tmp_path / "bin")
     assert chain.queue(folder) == 0 and chain.waiting(folder, "2.0") is None
     tools(squeue="\n".join([*listed, line("3", "PENDING", folder)]))
+    assert requeue.main(folder) == 0
+    orders = [line for line in asked.read_text().splitlines() if line.startswith("scancel")]
+    assert orders == [then] * bool(then)
+    assert attempts.newest_record(folder)["next"]["decision"] == ("end" if then else "requeue")
     assert chain.queue(folder) == 0 and chain.waiting(folder, "2.0") == "3"
-    assert requeue.main(folder) == 0 and asked.read_text().splitlines()[-1] == "scancel 3"
 
 
 def test_a_successor_that_nobody_knows_of_ends_at_once_where_the_run_has_ended(

@@ -53,6 +53,7 @@ CAUSES = {
     "drain": ("drain", "requeue"),
     "cancelled": ("cancelled|terminate", "end|"),
     "rank_killed": ("killed", "restart"),
+    "killed_in_save": ("killed", "restart"),
     "agent_killed": ("crash|killed", "restart"),
 }
 
@@ -199,13 +200,14 @@ def test_a_chain_goes_on_without_requeue_and_ends_with_the_run(bench: Bench) -> 
 
 
 @pytest.mark.cluster
-def test_half_of_the_ranks_go_on_with_what_all_began(bench: Bench) -> None:
+@pytest.mark.parametrize("backend", ["submitit", "sbatch"])
+def test_half_of_the_ranks_go_on_with_what_all_began(bench: Bench, backend: str) -> None:
     """Four ranks on two nodes, then two on one: the same samples, the same losses but for the order of sums."""
-    run = started(bench, "half", "nodes=2", "gpus_per_node=2", "batch.micro=2")
+    shape = ("nodes=2", "gpus_per_node=2", "batch.micro=2")
+    run = started(bench, f"half-{backend}", f"cluster.backend={backend}", *shape)
     run.goes_on(1)
     stop(run)
-    run.run(Path(sys.executable).with_name("synthos"), "resume", run.folder, "nodes=1")
-    run.job = (run.folder / "slurm" / "job").read_text()
+    run.resume("nodes=1")
     run.goes_on(2, 20)
     stop(run)
     before, after = run.records()

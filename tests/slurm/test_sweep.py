@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.chaos import compare
-from benchmarks.faults import Victim
+from benchmarks.faults import Victim, requeue
 from launch import attempts, squeue
 from launch.cli import main
 from launch.rundir import read_state
@@ -37,14 +37,23 @@ def command(cluster: Cluster, runs: Path, verb: str, *words: str) -> str:
     return done.stdout
 
 
-def test_an_array_leaves_out_what_is_done_and_an_element_is_requeued_alone(cluster: Cluster, runs: Path) -> None:
+@pytest.mark.parametrize("backend", ["submitit", "sbatch"])
+def test_an_array_leaves_out_what_is_done_and_an_element_is_requeued_alone(
+    cluster: Cluster, runs: Path, backend: str
+) -> None:
     same = (*SHAPE, *QUICK, "group=tries", "wandb.mode=offline")
     command(cluster, runs, "submit", *same, "optim.steps=1", "cluster=local", "cluster.device=cpu")
     (done,) = (runs / "tries").glob("[!.]*")
-    said = command(cluster, runs, "submit", *same, "optim.steps=1,200,2", "cluster=practice", "array_parallelism=1")
+    site = ("cluster=practice", f"cluster.backend={backend}")
+    said = command(cluster, runs, "submit", *same, "optim.steps=1,200,2", *site, "array_parallelism=1")
     assert f"optim.steps=1: {done.name} is done" in said
-    job = re.findall(r"submitted job array (\d+) of 2 points, 1 at a time", said)[0]
-    long, short = find_one(f"{job}_0"), find_one(f"{job}_1")
+    if backend == "submitit":
+        job = re.findall(r"submitted job array (\d+) of 2 points, 1 at a time", said)[0]
+    else:
+        assert "prepared 2 points in " in said
+        (line,) = (line for line in said.splitlines() if line.startswith("env -i "))  # to be typed
+        job = cluster.run("bash", "-c", line).stdout.split()[-1]
+    long, short = ((runs / "tries" / ".sweep-0001" / element).resolve() for element in "01")
 
     def waits(run: Path) -> bool:
         (own,) = squeue.jobs_of([long, short]).of(run)
@@ -52,7 +61,7 @@ def test_an_array_leaves_out_what_is_done_and_an_element_is_requeued_alone(clust
 
     wait_until(lambda: (long / "metrics.jsonl").exists(), "a step of the first element")
     assert waits(short) and not waits(long)
-    again = command(cluster, runs, "submit", *same, "optim.steps=1,200,2", "cluster=practice")
+    again = command(cluster, runs, "submit", *same, "optim.steps=1,200,2", *site)
     assert f"{long.name} has job {job}_0 already" in again and f"{short.name} has job {job}_1 already" in again
     cluster.run("scontrol", "requeue", f"{job}_0")
     Victim(long, f"{job}_0", cluster.folder, cluster.env).starts_now()  # else it would wait for two minutes
@@ -63,6 +72,7 @@ def test_an_array_leaves_out_what_is_done_and_an_element_is_requeued_alone(clust
     assert first["cause"] == "requeued" and second["checkpoint_in"] == first["checkpoint_out"] > 0
     assert (long / "slurm" / f"{job}_0.out").is_file() and (short / "slurm" / f"{job}_1.out").is_file()
     assert len({(run / "wandb" / "run_id").read_text() for run in (done, long, short)}) == 3
+    assert (find_one(f"{job}_0"), find_one(f"{job}_1")) == (long, short)
     assert main(["status", "tries"]) == 0 and main(["logs", f"{job}_1"]) == 0
     # The requeued one is the very run that nothing happens to.
     command(cluster, runs / "alone", "submit", *same, "optim.steps=200", "cluster=local", "cluster.device=cpu",
@@ -72,13 +82,19 @@ def test_an_array_leaves_out_what_is_done_and_an_element_is_requeued_alone(clust
 
 
 def test_pictures_are_made_once_the_training_before_them_is_done(cluster: Cluster, runs: Path) -> None:
-    command(cluster, runs, "submit", *SHAPE, *QUICK, "name=first", "optim.steps=30", "cluster=practice")
+    """Which is requeued meanwhile."""
+    command(cluster, runs, "submit", *SHAPE, *QUICK, "name=first", "optim.steps=200", "cluster=practice")
     given = ("weights=first", "prompt=red", "steps=2", "cluster=practice")
     said = command(cluster, runs, "generate", *given, "after=first")
     train, generation = find_one("first"), find_one("generate")
     assert "once that is done\n" in said and not read_state(train).done
     (own,) = squeue.jobs_of([generation]).of(generation)
     assert own.reason == "Dependency"
+    wait_until(lambda: (train / "metrics.jsonl").exists(), "a step")
+    victim = Victim(train, (train / "slurm" / "job").read_text(), cluster.folder, cluster.env)
+    requeue(victim)
     wait_until(lambda: read_state(generation).done, "the pictures", 240)
+    assert [record["cause"] for record in attempts.records(train)] == ["requeued", "finished"]
+    assert [record["status"] for record in attempts.records(generation)] == ["done"]  # it never began before
     assert read_state(train).done and len(list((generation / "samples").glob("*.png"))) == 1
     assert "is done" in command(cluster, runs, "generate", *given)

@@ -5,6 +5,7 @@ from threading import Timer
 
 import pytest
 
+from launch import attempts
 from launch.follow import follow
 from launch.rundir import hold
 from tests.launch.commands.conftest import Runs, squeue, synthos
@@ -78,3 +79,26 @@ def test_logs_follow_from_a_failure_into_the_next_attempt(runs: Runs, capsys: py
     marks = ["n0\n", "attempt 1 failed first at rank 2", "its cause", "anew", "a-00000001: done"]
     assert [shown.index(mark) for mark in marks] == sorted(shown.index(mark) for mark in marks)
     assert shown.count("failed first") == 1
+
+
+def test_logs_wait_for_the_word_on_who_was_killed(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A rank that misses another says so at once; that the other was killed, the batch script finds out after that."""
+    folder = runs.add("a-00000001")
+    (folder / "slurm").mkdir()
+    squeue(tmp_path, monkeypatch, f"echo '17 |0 |RUNNING |None |node1 |N/A |{folder}/slurm/%j.out '")
+    number = runs.begin(folder, 3, job="17.0")
+    write_logs(folder, number, {"rank-00001.log": ["cut short"], "rank-00002.log": ["connection closed by peer"]})
+    Timer(0.5, runs.end, (folder, number, "failed"), FAILED).start()
+    killed = {
+        "cause": "killed",
+        "rank": 1,
+        "message": "ended by SIGKILL",
+        "next": {"decision": "restart", "reason": ""},
+    }
+    Timer(2, attempts.amend, (folder, number), killed).start()
+    assert synthos("logs", "a", "-f", "--attempt", "1") == 1
+    shown = capsys.readouterr().out
+    assert "attempt 1 failed first at rank 1: ended by SIGKILL\n" in shown and "failed first at rank 2" not in shown
+    assert shown.endswith("a-00000001, attempt 1: failed, killed\n")
