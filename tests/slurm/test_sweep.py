@@ -95,6 +95,6 @@ def test_pictures_are_made_once_the_training_before_them_is_done(cluster: Cluste
     requeue(victim)
     wait_until(lambda: read_state(generation).done, "the pictures", 240)
     assert [record["cause"] for record in attempts.records(train)] == ["requeued", "finished"]
-    assert [record["status"] for record in attempts.records(generation)] == ["done"]  # it never began before
+    assert len(attempts.records(generation)) == 1  # it never began before
     assert read_state(train).done and len(list((generation / "samples").glob("*.png"))) == 1
     assert "is done" in command(cluster, runs, "generate", *given)
