@@ -97,7 +97,7 @@ def _print(looks: Sequence[Look], older: int, problem: str) -> None:
 
 
 def _table(looks: Sequence[Look], title: str = "") -> Table:
-    columns = ["group", "run", "state", ">step", ">of", ">images/s", "ETA", "job", "why"]
+    columns = ["group", "run", "state", ">attempt", ">step", ">of", ">images/s", "ETA", "job", "why"]
     return table(columns, [_cells(one) for one in looks], title)
 
 
@@ -106,7 +106,7 @@ def _cells(one: Look) -> tuple[str, ...]:
     step, last = ("" if value is None else f"{value:,}" for value in (one.step, one.last_step))
     rate = "" if one.images_per_s is None else f"{one.images_per_s:.1f}"
     eta = "" if one.eta_s is None else duration(one.eta_s)
-    return one.group, one.name, state, step, last, rate, eta, one.job, one.detail
+    return one.group, one.name, state, str(one.attempt or ""), step, last, rate, eta, one.job, one.detail
 
 
 def _positive(text: str) -> float:

@@ -1,13 +1,16 @@
 """What is asked of Slurm, and what happens where there is none; tests/slurm has a real one."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from launch import slurm
 from launch.compose import compose
+from synthos.files import write_json
 from tests.launch.conftest import Submit
+from tests.support import compose_for_test
 
 BASE = ["recipe=i2i", "model=tiny", "data=photos"]
 
@@ -80,3 +83,16 @@ def test_nodes_are_not_known_to_be_down_where_slurm_does_not_answer(
 )  # fmt: skip
 def test_slurms_own_words(said: str, words: str) -> None:
     assert slurm.words(said) == words
+
+
+@pytest.mark.parametrize(("preempts", "warned"), [("preempt/partition_prio", True), ("preempt/none", False)])
+def test_a_site_without_preemption_is_not_warned_of(
+    tools: Callable[..., Path], tmp_path: Path, preempts: str, warned: bool
+) -> None:
+    (tmp_path / "control").mkdir()
+    write_json(tmp_path / "control" / "heartbeat.json", {"save_seconds": 31.0})
+    tools(
+        sbatch="Job 1 to start", scontrol=f"PartitionName=gpu GraceTime=0\nKillWait = 30 sec\nPreemptType = {preempts}"
+    )
+    problems, said = slurm.look(compose_for_test("recipe=i2i", "model=tiny", "data=photos", "cluster=slurm"), tmp_path)
+    assert not problems and any("a preemption leaves 30 s" in line for line in said) == warned

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import provenance, snapshot
+from launch import attempts, provenance, snapshot
 from launch.commands import gc
 from launch.rundir import hold, holders
 from launch.runs import is_held
@@ -237,6 +237,20 @@ def test_diff_names_what_differs(runs: Runs, capsys: Capture) -> None:
     shown = capsys.readouterr().out
     assert "optim.lr" in shown and "code: equal" in shown
     assert synthos("diff", "a", "a") == 0
+
+
+def test_diff_compares_the_code_that_ran(runs: Runs, capsys: Capture) -> None:
+    """Of a run that has begun its newest attempt tells it, of another its provenance."""
+    began, prepared = runs.add("a-00000001"), runs.add("b-00000002")
+    facts = {"commit": "c0ffee", "changed": [], "tree": "1" * 40}
+    runs.begin(began)
+    attempts.amend(began, 1, **facts)
+    (prepared / "provenance").mkdir()
+    write_json(prepared / "provenance" / "git.json", {**facts, "branch": "topic"})
+    assert synthos("diff", "a", "b") == 0 and "code: equal" in capsys.readouterr().out
+    write_json(prepared / "provenance" / "git.json", {**facts, "tree": "2" * 40})
+    assert synthos("diff", "a", "b", "--json") == 1
+    assert json.loads(capsys.readouterr().out)["code"] == {"tree": ["1" * 40, "2" * 40]}
 
 
 def test_explain_says_what_is_known(runs: Runs, capsys: Capture) -> None:
