@@ -239,7 +239,7 @@ def wait(
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     asked, looked, patience, end = False, -math.inf, math.inf, math.inf
     given: dict[str, float] = {}
-    screen = Screen(folder / "control" / "heartbeat.json")
+    screen = Screen(folder)
     while True:
         ended = process.poll() is not None
         screen.show(decoder.decode(log.read()))

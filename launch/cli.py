@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 
+from launch.tell import Undone
 from synthos.data.store.retry import MissingFile, StorageError
 from synthos.files import DamagedFile
 from synthos.strict import unknown
@@ -63,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         verb, rest = split_verb(arguments)
         result = find(verb)(rest)
-    except (ValueError, StorageError) as error:
+    except (ValueError, StorageError, Undone) as error:
         _tell(str(error), arguments)
         wrong_input = isinstance(error, (ValueError, MissingFile)) and not isinstance(error, DamagedFile)
         return 2 if wrong_input else 1
@@ -74,7 +75,11 @@ def main(arguments: list[str] | None = None) -> int:
         told = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
         _tell(told, arguments)
         return 1
-    return result() if callable(result) else result
+    try:
+        return result() if callable(result) else result
+    except DamagedFile as error:
+        _tell(str(error), arguments)
+        return 1
 
 
 def _tell(message: str, arguments: list[str]) -> None:

@@ -34,7 +34,7 @@ def follow(folder: Path, job: str) -> int:
 def _show(folder: Path, job: str) -> None:
     """Print the job's output as it grows, and what the queue says whenever that changes."""
     log = render.output(folder, job)
-    screen, decoder = Screen(folder / "control" / "heartbeat.json"), codecs.getincrementaldecoder("utf-8")("replace")
+    screen, decoder = Screen(folder), codecs.getincrementaldecoder("utf-8")("replace")
     shown, asked, said, ended = 0, float("-inf"), "", False
     while not ended:
         if time.monotonic() - asked > QUEUE_SECONDS:

@@ -14,7 +14,7 @@ from launch import squeue
 from launch.attempts import CANCELLED, SIGNAL_CAUSES
 from launch.runs import is_held, signature
 from launch.tell import duration
-from synthos.files import DamagedFile, parse_object, read_cause, tail
+from synthos.files import DamagedFile, parse_object, read_cause, read_heartbeat, tail
 from synthos.run import failure_file
 from synthos.schema import GenerateConfig, RunConfig, read_job
 
@@ -87,7 +87,9 @@ def look(folder: Path, queue: squeue.Queue) -> Look:
     try:
         return _Folder(folder, queue).look()
     except (OSError, ValueError, KeyError, TypeError) as error:  # a damaged file of one run hides no other
-        return Look(folder.name, folder.parent.name, signature(folder), str(folder), "unreadable", f"{error}")
+        named = isinstance(error, OSError) and error.filename
+        why = f"{error.filename}: {error.strerror}" if named else str(error)  # type: ignore[union-attr]
+        return Look(folder.name, folder.parent.name, signature(folder), str(folder), "unreadable", why)
 
 
 class _Folder:
@@ -100,7 +102,7 @@ class _Folder:
         self.attempt = self.numbers[-1] if self.numbers else 0
         path = folder / "attempts" / f"{self.attempt:04d}" / "attempt.json"
         self.record = parse_object(path) if self.attempt else {}
-        self.verdict, self.beat = parse_object(control / "verdict.json"), parse_object(control / "heartbeat.json")
+        self.verdict, self.beat = parse_object(control / "verdict.json"), read_heartbeat(folder)
         self.cancelled, self.asked = parse_object(control / CANCELLED), read_cause(control / "stop")
         jobs = queue.of(folder)
         running = [job for job in jobs if not job.pending]
@@ -108,14 +110,13 @@ class _Folder:
         self.submitted = folder / "slurm" / "job"
         files = [path, control / "verdict.json", control / "heartbeat.json", self.submitted, folder / "config.yaml"]
         self.changed = max(_time(file) for file in files)
-        if not _size(files[-1]):  # to read it, of a thousand runs, would take seconds
-            raise DamagedFile(files[-1], "it is empty, or gone")
+        _check_config(files[-1])
 
     def look(self) -> Look:
         state, detail = self._state()
         beat = self.beat if self.beat.get("attempt") == self.attempt else {}
         shown = state in ("running", "stalled") and beat
-        step = beat.get("step") if shown else self.record.get("end_step")
+        step = beat.get("step") if shown else self.record.get("end_step", self.record.get("start_step"))
         return Look(
             name=self.folder.name,
             group=self.folder.parent.name,
@@ -138,10 +139,13 @@ class _Folder:
     def _state(self) -> tuple[str, str]:
         """The run's state, and why."""
         if self.job and self.job.pending:
-            again = f", again after attempt {self.attempt}" if self.attempt else ""
+            why = f" ({self.record['cause']})" if "cause" in self.record else ""
+            again = f", again after attempt {self.attempt}{why}" if self.attempt else ""
             return "queued", f"{self.job.reason}{again}{self._wish()}"
         is_open = bool(self.record) and "ended" not in self.record
         following = self.record.get("next", {})  # what the agent has decided to do after a closed attempt
+        if self.job and self.job.state == "COMPLETING" and self.record.get("job", "").split(".")[0] == self.job.job:
+            return self._running() if is_open else self._between()  # also once it counts as the next start
         if self.job and self.record.get("job") != self.job.start:
             return "starting", f"job {self.job.job} on {self.job.nodes}{self._wish()}"
         if self.job:
@@ -178,7 +182,7 @@ class _Folder:
                 return "queued", f"again after attempt {self.attempt}: {following['reason']}{self._wish()}"
             case "end":
                 return self._ended()  # the rest of its job may take long
-        return "ending", f"attempt {self.attempt} ({self.record['cause']}) is over, what follows is being decided"
+        return "ending", f"attempt {self.attempt} is over, and what follows is being decided"
 
     def _wish(self) -> str:
         """A person's, that it stop, before an attempt has heard of it."""
@@ -264,11 +268,14 @@ def _text(path: Path) -> str:
         return ""
 
 
-def _size(path: Path) -> int:
+def _check_config(path: Path) -> None:
+    """Raise DamagedFile for a config that is not as it was written: to parse all of a thousand would take seconds."""
     try:
-        return path.stat().st_size
+        text = path.read_bytes()
     except FileNotFoundError:
-        return 0
+        raise DamagedFile(path, "it is gone") from None
+    if not (b"stage: " in text and text.endswith(b"\n")):
+        raise DamagedFile(path, "it is empty" if not text else "it is not what was written")
 
 
 def _time(path: Path) -> float:

@@ -7,9 +7,9 @@ since, or was measured for the first time, needs an earlier one, which the first
 import math
 import os
 import time
-from dataclasses import dataclass
-from datetime import datetime
+from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Thread
 
 from launch import render, slurm
 from launch.place import job_id
@@ -32,7 +32,7 @@ def seconds_left(job: slurm.Job | None, notice: float) -> float:
     """Until a notice of so many seconds may come, or negative since then."""
     if job is None or job.ends is None:
         return math.inf
-    return (job.ends - datetime.now()).total_seconds() - notice - LIMIT_SLACK_SECONDS
+    return job.ends.timestamp() - time.time() - notice - LIMIT_SLACK_SECONDS
 
 
 @dataclass
@@ -40,43 +40,53 @@ class Limit:
     """The time limit of this job, as its first agent keeps it in mind.
 
     Attributes:
-        ends: when it is reached, as Slurm has told; None where there is none, or it could not be asked.
-        asked: when Slurm was asked, by a monotonic clock.
+        job: what Slurm has told of it last; None before that.
+        asked: when it was asked, by a monotonic clock.
+        asking: waits for its answer; a controller may be silent for a minute, and the agent has other things to do.
     """
 
     folder: Path
     cluster: ClusterConfig
-    ends: datetime | None = None
+    job: slurm.Job | None = None
     asked: float = -math.inf
+    asking: Thread = field(default_factory=Thread)
 
     def due(self) -> float:
         """How many seconds before the limit it is high time for a notice; 0 while it is not, or Slurm gives it."""
         wanted = render.notice_seconds(self.cluster, render.save_seconds(self.folder))
         if wanted <= _by_slurm():
             return 0
-        if time.monotonic() - self.asked > ASK_SECONDS:
-            self._ask()
-        late = self.ends is not None and (self.ends - datetime.now()).total_seconds() < wanted
-        return wanted if late else 0
+        if time.monotonic() - self.asked > ASK_SECONDS and not self.asking.is_alive():
+            self.asked = time.monotonic()
+            self.asking = Thread(target=self._ask, daemon=True)
+            self.asking.start()
+        if (left := self.seconds_left) == math.inf:
+            return 0
+        # The limit may be the partition's own, or an administrator's: half of it is for training in any case.
+        if self.job and self.job.begins:
+            wanted = min(wanted, int(left + time.time() - self.job.begins.timestamp()) // 2)
+        return wanted if left < wanted else 0
+
+    @property
+    def seconds_left(self) -> float:
+        """Until the limit, as far as is known; a job that is to make room is requeued by Slurm, so its end is none."""
+        if self.job is None or self.job.ends is None or self.job.preempted:
+            return math.inf
+        return self.job.ends.timestamp() - time.time()
 
     def seconds_to_save(self) -> float:
         """How long the ranks, which have got a notice, may go on: they must end before the limit, or nothing is
-        requeued. A job that is to make room is requeued by Slurm; its end is no limit.
+        requeued.
         """
         self._ask()
-        if self.ends is None:
-            return math.inf
         notice = notice_seconds(self.folder, self.cluster)
-        return (self.ends - datetime.now()).total_seconds() - notice + render.seconds_to_save(notice)
+        return self.seconds_left - notice + render.seconds_to_save(notice)
 
     def _ask(self) -> None:
-        self.asked = time.monotonic()
         try:
-            job = slurm.show(job_id(os.environ))
-        except RuntimeError:
-            self.ends = None
-        else:
-            self.ends = None if job.preempted else job.ends
+            self.job = slurm.show(job_id(os.environ))
+        except RuntimeError:  # what it has told before still holds
+            return
 
 
 def _by_slurm() -> float:

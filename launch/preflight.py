@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch import attempts, provenance, render, slurm, snapshot
+from launch import attempts, provenance, slurm, snapshot
 from launch.decision import bad_nodes
 from launch.gpus import RELEASE_SECONDS, gpu_faults
 from launch.place import Meeting, Place, allowed_cores
@@ -99,9 +99,9 @@ def _shunned(folder: Path, config: JobConfig) -> Sequence[str]:
 
     None where too few others would be left: a job that nobody could start would wait for ever.
     """
-    if not (bad := bad_nodes(attempts.records(folder)[:-1])):
-        return ()
-    others = slurm.others(render.excluded(config.cluster, folder) or "")
+    bad = bad_nodes(attempts.records(folder)[:-1])
+    own = config.cluster.sbatch.get("exclude")
+    others = slurm.others(config, ",".join(str(node) for node in (own, *bad) if node)) if bad else None
     return bad if others is not None and others >= config.nodes else ()
 
 

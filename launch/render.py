@@ -12,7 +12,7 @@ from pathlib import Path
 
 from launch.compose import CHECKOUT
 from launch.decision import bad_nodes
-from synthos.files import read_json
+from synthos.files import read_heartbeat, read_json
 from synthos.schema import ClusterConfig, JobConfig
 
 # Flags that a job depends on, or that would make another kind of job of it.
@@ -83,14 +83,21 @@ def flags(config: JobConfig, folder: Path) -> Flags:
         "open-mode": "append",
     }
     ours |= {key: _text(value) for key, value in cluster.sbatch.items()}
-    ours["exclude"] = excluded(cluster, folder)
+    ours["exclude"] = excluded(config, folder)
     return {key: value for key, value in ours.items() if value is not None}
 
 
-def excluded(cluster: ClusterConfig, folder: Path) -> str | None:
-    """The nodes that a job may not get: those of the config, and those that failed under the run too often."""
+def excluded(config: JobConfig, folder: Path) -> str | None:
+    """The nodes that a job may not get: those of the config, and those that failed under the run too often, unless too
+    few others would be left, as far as Slurm tells: who waited for them would wait for ever.
+    """
+    from launch import slurm  # not above: it renders
+
     records = [read_json(path) for path in (folder / "attempts").glob("[0-9]*/attempt.json")]
-    return ",".join(filter(None, [_text(cluster.sbatch.get("exclude")), *bad_nodes(records)])) or None
+    own, bad = _text(config.cluster.sbatch.get("exclude")), bad_nodes(records)
+    every = ",".join(filter(None, [own, *bad]))
+    few = bad and (others := slurm.others(config, every)) is not None and others < config.nodes
+    return (own if few else every) or None
 
 
 def planned_notice(config: JobConfig, folder: Path) -> int:
@@ -131,7 +138,7 @@ def limit_seconds(time: str) -> int | None:
 
 def save_seconds(folder: Path) -> float | None:
     """How long the last checkpoint of a run took, where one has been measured."""
-    seconds = read_json(folder / "control" / "heartbeat.json").get("save_seconds")
+    seconds = read_heartbeat(folder).get("save_seconds")
     return None if seconds is None else float(seconds)
 
 

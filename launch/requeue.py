@@ -19,7 +19,7 @@ from launch.decision import CRASHES, Decision, decide
 from launch.failures import killed_rank
 from launch.place import job_id, job_start, node_names
 from launch.rundir import hold, holders
-from synthos.files import create_json, read_cause, write_json
+from synthos.files import DamagedFile, create_json, read_cause, write_json
 from synthos.run import read_verdict
 from synthos.schema import ClusterConfig, read_job
 
@@ -161,6 +161,13 @@ def _ask_slurm(folder: Path, cluster: ClusterConfig, decision: Decision, start: 
     successor = chain.waiting(folder, start)
     if cluster.requeue == "chain" and not successor:  # then it was asked for in vain, as far as anybody knows
         successor = chain.unanswered(folder, start.split(".")[0])
+    excluded = ""
+    if again and decision.exclude:  # asked before the order, after which Slurm leaves this script no more than KillWait
+        excluded = render.excluded(read_job(folder / "config.yaml"), folder) or ""
+        if kept := [node for node in decision.exclude if node not in excluded.split(",")]:
+            reason = f"{decision.reason}; but {', '.join(kept)} stays: its partition has too few others"
+            attempts.amend(folder, number, next={"decision": "requeue", "reason": reason})
+            print(f"warning: {reason}", file=sys.stderr)
     try:
         if again and cluster.requeue == "scontrol":
             _patiently(lambda: _requeue(own, start))
@@ -176,15 +183,12 @@ def _ask_slurm(folder: Path, cluster: ClusterConfig, decision: Decision, start: 
         attempts.amend(folder, number, next=told)
         print(f"error: the run does not start again by itself: {reason}", file=sys.stderr)
         return
-    if again and decision.exclude:  # only a pending job takes it
-        following = own if cluster.requeue == "scontrol" else successor
-        excluded = render.excluded(cluster, folder) or ""
-        try:
-            if (others := slurm.others(excluded)) is not None and others < read_job(folder / "config.yaml").nodes:
-                raise RuntimeError(f"its partition has {others} others")
+    following = own if cluster.requeue == "scontrol" else successor
+    try:
+        if excluded:  # only a pending job takes it
             _order("scontrol", "update", f"JobId={following}", f"ExcNodeList={excluded}")
-        except RuntimeError as error:
-            print(f"warning: the run may get the nodes again that failed: {error}", file=sys.stderr)
+    except RuntimeError as error:
+        print(f"warning: the run may get the nodes again that failed: {error}", file=sys.stderr)
 
 
 def _requeue(own: str, start: str) -> None:
@@ -260,5 +264,5 @@ if __name__ == "__main__":
         sys.exit("usage: python -m launch.requeue [--chain] RUN_DIR")
     try:
         sys.exit(chain.queue(Path(run)) if options else main(Path(run)))
-    except OSError as error:  # as where the disk is full
+    except (OSError, DamagedFile) as error:  # as where the disk is full
         sys.exit(f"error: {error}")

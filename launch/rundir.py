@@ -15,6 +15,7 @@ from typing import IO, Any
 
 from launch import provenance, snapshot
 from launch.known import Known
+from launch.runs import is_run
 from synthos.run import read_verdict
 from synthos.schema import GenerateConfig, JobConfig, RunConfig
 from synthos.strict import write_config
@@ -56,7 +57,7 @@ def run_folder(config: JobConfig, sig8: str, new: bool = False) -> Path:
         return first if number == 1 else first.with_name(f"{first.name}-g{number}")
 
     def is_free(number: int) -> bool:
-        return not (generation(number) / "config.yaml").is_file()
+        return not is_run(generation(number))
 
     return generation(next(n for n in itertools.count(1) if is_free(n if new else n + 1)))
 

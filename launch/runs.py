@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.compose import RUNS
+from launch.tell import warn
 from synthos.strict import unknown
 
 NAME = re.compile(r"(?P<name>.+)-(?P<signature>[0-9a-f]{8})(-g\d+)?")  # of a run folder
@@ -25,14 +26,21 @@ def all_runs(root: Path) -> list[Path]:
         return []
     try:
         groups = sorted(entry.path for entry in os.scandir(root) if _is_group(entry))
-        return [
-            Path(run) for group in groups for run in sorted(entry.path for entry in os.scandir(group) if _is_run(entry))
-        ]
     except OSError as error:
         raise ValueError(
             f"runs: {error.filename} can't be read: {error.strerror}; expected the folder of your runs, or another one "
             "in SYNTHOS_RUNS"
         ) from None
+    return [run for group in groups for run in _runs_of(Path(group))]
+
+
+def _runs_of(group: Path) -> list[Path]:
+    """The runs of a group; where that can't be read, none, and a warning: it keeps no other from being seen."""
+    try:
+        return sorted(Path(entry.path) for entry in os.scandir(group) if _is_run(entry))
+    except OSError as error:
+        warn(f"warning: the runs of {group} are not seen: {error.strerror}")
+        return []
 
 
 def _is_group(entry: os.DirEntry[str]) -> bool:
@@ -45,7 +53,15 @@ def _is_run(entry: os.DirEntry[str]) -> bool:
 
 def is_run(folder: str | Path) -> bool:
     """Whether a folder is that of a run, of which a config that was lost makes no other thing."""
-    return os.path.exists(f"{folder}/config.yaml") or os.path.isdir(f"{folder}/attempts")
+    try:
+        os.stat(f"{folder}/config.yaml")
+    except FileNotFoundError:
+        return os.path.isdir(f"{folder}/attempts")
+    except NotADirectoryError:
+        return False
+    except OSError:  # it is closed to us
+        return True
+    return True
 
 
 def find_one(word: str, root: Path | None = None) -> Path:
@@ -67,7 +83,7 @@ def find_several(words: Sequence[str]) -> list[Path]:
     found: dict[Path, None] = {}
     for word in words:
         runs = _matches(word)
-        if len(runs) > 1 and any(run.parent.name != word and not _is_element(run, word) for run in runs):
+        if len(runs) > 1 and any(run.parent.name != Path(word).name and not _is_element(run, word) for run in runs):
             raise _ambiguous(word, runs)
         found |= dict.fromkeys(runs)
     return list(found)
@@ -111,15 +127,17 @@ def is_held(folder: Path) -> bool:
 def _matches(word: str, root: Path | None = None) -> list[Path]:
     """The runs that one word may mean, at least one; the name of a folder means no other run of that name."""
     path = Path(word).expanduser().absolute()
+    root = root or runs_root()
+    if os.sep in word and (group := _group(word, path, root)):
+        return _runs_of(group)
     if word.count(os.sep) == 1 and not path.is_dir():  # group/run, as candidates are listed
-        path = (root or runs_root()) / word
+        path = root / word
     if os.sep in word or is_run(path):
         if not path.is_dir():
             raise ValueError(f"{word}: no such folder; expected a run folder, or the name of a run")
         if is_run(path):
             return [path]
         raise ValueError(f"{word} is no run folder: it has no config.yaml")
-    root = root or runs_root()
     runs = all_runs(root)
     found = [run for run in runs if word == run.name] or [run for run in runs if word in _names(run)]
     if not found and JOB.fullmatch(word):
@@ -133,6 +151,12 @@ def _matches(word: str, root: Path | None = None) -> list[Path]:
     return found
 
 
+def _group(word: str, path: Path, root: Path) -> Path | None:
+    """The group that a word names by its path, or by its name with a slash behind it."""
+    found = root / word if word.endswith(os.sep) and word.count(os.sep) == 1 else path
+    return found if found.parent == root and found.is_dir() and not is_run(found) else None
+
+
 def _names(run: Path) -> set[str]:
     match = NAME.fullmatch(run.name)
     return {run.name, run.parent.name, *(match.group("name", "signature") if match else ())}
@@ -141,4 +165,5 @@ def _names(run: Path) -> set[str]:
 def _ambiguous(word: str, found: Sequence[Path]) -> ValueError:
     names = [f"{run.parent.name}/{run.name}" for run in found]
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ValueError(f"{word}: means {len(names)} runs; expected one of {', '.join(names[:SHOWN])}{more}")
+    group = f", or {word}/ for the group" if any(run.parent.name == word for run in found) else ""
+    return ValueError(f"{word}: means {len(names)} runs; expected one of {', '.join(names[:SHOWN])}{more}{group}")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from synthos.files import read_json
+from synthos.files import read_heartbeat
 from synthos.train.progress import Beat, ProgressLine
 
 
@@ -13,11 +13,11 @@ class Screen:
     """The terminal, or whatever standard output is.
 
     Args:
-        heartbeat: the file in which rank 0 says how far the run is.
+        folder: of the run, whose heartbeat says how far it is.
     """
 
-    def __init__(self, heartbeat: Path) -> None:
-        self.heartbeat, self.before = heartbeat, read_json(heartbeat)
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.before = folder, read_heartbeat(folder)
         self.line = ProgressLine(Console()) if sys.stdout.isatty() else None
 
     def show(self, text: str) -> None:
@@ -28,7 +28,7 @@ class Screen:
             return
         if text:
             self.line.print(text)
-        beat = read_json(self.heartbeat)
+        beat = read_heartbeat(self.folder)
         if beat and beat != self.before:  # what an earlier attempt left says nothing of this one
             names = Beat.__dataclass_fields__
             self.line.update(Beat(**{name: beat[name] for name in names}))

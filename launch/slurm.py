@@ -14,6 +14,7 @@ from launch import render
 from launch.compose import CHECKOUT
 from synthos.schema import JobConfig
 
+UNTOLD = ("Unknown", "NONE", "None")
 TIMEOUT_SECONDS = 60  # a busy controller answers late
 # What a job can no longer leave: man squeue, JOB STATE CODES.
 ENDED = {
@@ -52,7 +53,8 @@ class Job:
         reason: TimeLimit once that has ended it; as in BeginTime while it waits.
         restarts: how often it was requeued.
         preempted: it is to make room for another job.
-        ends: when its time limit is reached, in the controller's clock and time zone; None where there is none.
+        begins, ends: when it began, and when its time limit is reached, in this machine's time zone; None where that
+            is not known, or there is none.
         nodes: how many it has left; None where that is not told.
     """
 
@@ -60,6 +62,7 @@ class Job:
     reason: str
     restarts: int
     preempted: bool
+    begins: datetime | None
     ends: datetime | None
     nodes: int | None
 
@@ -70,13 +73,14 @@ def show(job: str) -> Job:
     facts = dict(word.split("=", 1) for word in done.stdout.split() if "=" in word)
     if done.returncode or "JobState" not in facts:
         raise RuntimeError(f"scontrol show job {job}: {words(done.stderr)}")
-    ends = facts.get("EndTime", "Unknown")
+    begins, ends = (facts.get(key, "Unknown") for key in ("StartTime", "EndTime"))
     return Job(
         state=facts["JobState"],
         reason=facts["Reason"],
         restarts=int(facts["Restarts"]),
         preempted=facts.get("PreemptTime", "None") != "None",
-        ends=None if ends in ("Unknown", "NONE") else datetime.fromisoformat(ends),
+        begins=None if begins in UNTOLD else datetime.fromisoformat(begins),
+        ends=None if ends in UNTOLD else datetime.fromisoformat(ends),
         nodes=int(facts["NumNodes"].split("-")[0]) if "NumNodes" in facts else None,
     )
 
@@ -137,15 +141,28 @@ def _short_grace(config: JobConfig, folder: Path) -> Iterator[str]:
         )
 
 
-def others(excluded: str) -> int | None:
-    """How many nodes the partition of this job has besides those, up or down; None where Slurm can't be asked here."""
-    partition = os.environ.get("SLURM_JOB_PARTITION")
+def others(config: JobConfig, excluded: str) -> int | None:
+    """How many nodes there are besides those that a job of this config could have, up or down; None where Slurm can't
+    be asked here.
+    """
+    partition = config.cluster.partition or os.environ.get("SLURM_JOB_PARTITION")
     only = [f"--partition={partition}"] if partition else []
     try:
-        known = order(["sinfo", "--noheader", "--Node", "--format=%N", *only]).split()
-        return len(set(known) - set(order(["scontrol", "show", "hostnames", excluded]).split()))
+        known = order(["sinfo", "--noheader", "--Node", "--format=%N %f %G", *only])
+        left_out = order(["scontrol", "show", "hostnames", excluded]).split()
     except RuntimeError:
         return None
+    nodes = [[*line.split(maxsplit=2), "", ""][:3] for line in known.splitlines()]
+    return len({name for name, features, gres in nodes if _serves(config, features, gres)} - set(left_out))
+
+
+def _serves(config: JobConfig, features: str, gres: str) -> bool:
+    """Whether a node has the features that the constraint asks for, by its words and signs & and |, and the GPUs."""
+    cluster, has = config.cluster, features.split(",")
+    ways = [re.findall(r"[\w.-]+", way) for way in (cluster.constraint or "").split("|")]
+    kind = f":{re.escape(cluster.gpu_type)}" if cluster.gpu_type else r"(?::[^:,()\s]+)?"
+    gpus = sum(int(count) for count in re.findall(rf"\bgpu{kind}:(\d+)", gres))
+    return any(set(way) <= set(has) for way in ways) and (not cluster.gpu_flag or gpus >= config.gpus_per_node)
 
 
 def _too_much(config: JobConfig) -> Iterator[str]:

@@ -10,19 +10,25 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from synthos.arguments import Parser
+
 RUN = "a run: folder name, name, signature, Slurm job, path"
 WIDTH = 200  # of tables that go to a file or a pipe
 
 
 def new_parser(verb: str, about: str | None, runs: str = "") -> argparse.ArgumentParser:
     """A parser of a verb's options, beginning with `runs` of it: "one", "+" (some), "*" (some or none), or nothing."""
-    parser = argparse.ArgumentParser(prog=f"synthos {verb}", description=about)
+    parser = Parser(prog=f"synthos {verb}", description=about)
     if runs == "one":
         parser.add_argument("run", metavar="RUN", help=RUN)
     elif runs:
         parser.add_argument("runs", metavar="RUN", nargs=runs, help=f"{RUN}; or a group, which is all of its runs")
     parser.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
     return parser
+
+
+class Undone(RuntimeError):
+    """What a verb was asked for could not be done, through no fault of who asked: exit code 1."""
 
 
 def print_json(content: Any) -> None:

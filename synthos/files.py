@@ -37,6 +37,14 @@ def parse_object(path: Path) -> dict[str, Any]:
     return value
 
 
+def read_heartbeat(folder: Path) -> dict[str, Any]:
+    """What a run folder's heartbeat says; nothing where it was lost with a node, for the next one is soon there."""
+    try:
+        return parse_object(folder / "control" / "heartbeat.json")
+    except DamagedFile:
+        return {}
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a file that readers see whole or not at all."""
     _part(path, value).replace(path)

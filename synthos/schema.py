@@ -239,9 +239,12 @@ def read_job(path: Path) -> JobConfig:
         if (path.parent / "attempts").is_dir():  # it was one
             raise DamagedFile(path, error.strerror) from None
         raise ValueError(f"{path.parent} is no run folder: {error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise DamagedFile(path, error) from None
     stage = plain.get("stage") if isinstance(plain, dict) else None
     if stage not in STAGES:
         raise DamagedFile(path, f"it has stage {stage!r}; {unknown(str(stage), list(STAGES))}")
-    return load(STAGES[stage], plain)
+    try:
+        return load(STAGES[stage], plain)
+    except ValueError as error:
+        raise DamagedFile(path, f"it is no config of this version: {error}") from None

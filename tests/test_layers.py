@@ -10,7 +10,15 @@ ROOT = Path(__file__).parents[1]
 
 # A module imports its own layer and those above it in this list. Longer names win over shorter ones.
 LAYERS = [
-    ("synthos.strict", "synthos.files", "synthos.lettering", "synthos.schema", "synthos.keys", "synthos.batch"),
+    (
+        "synthos.strict",
+        "synthos.files",
+        "synthos.lettering",
+        "synthos.schema",
+        "synthos.keys",
+        "synthos.batch",
+        "synthos.arguments",
+    ),
     ("synthos.diffusion", "synthos.data"),
     ("synthos.models",),
     ("synthos.recipes",),

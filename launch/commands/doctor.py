@@ -11,7 +11,7 @@ from launch.compose import CONFIGS
 from launch.outlook import Ending, endings
 from launch.render import NOTICE_SECONDS, limit_seconds, notice_seconds
 from launch.site import Partition, Site, read_site
-from launch.tell import console, duration, new_parser, print_json, table, warn
+from launch.tell import Undone, console, duration, new_parser, print_json, table
 from synthos.schema import ClusterConfig, JobConfig
 from synthos.strict import DUMPER, dump, load, read_yaml
 
@@ -30,8 +30,7 @@ def main(arguments: list[str]) -> int:
     try:
         site = read_site()
     except RuntimeError as error:
-        warn(f"error: {error}")
-        return 1
+        raise Undone(error) from None
     partition = site.partition(args.partition) or (
         site.partitions[0] if site.partitions and not args.partition else None
     )

@@ -8,11 +8,10 @@ from typing import Any
 from launch import slurm, squeue
 from launch.look import Look, look, step_rates
 from launch.outlook import Ending, endings
-from launch.render import notice_seconds
+from launch.render import notice_seconds, save_seconds
 from launch.runs import find_one
 from launch.site import read_site
 from launch.tell import console, duration, new_parser, print_json, table, warn
-from synthos.files import read_json
 from synthos.schema import JobConfig, RunConfig, read_job
 
 # Slurm's words for why a job is pending (man squeue, JOB REASON CODES).
@@ -60,7 +59,7 @@ def main(arguments: list[str]) -> int:
     problem = queue.problem
     if jobs and jobs[0].pending:
         said |= {"reason": jobs[0].reason, "why": reason(jobs[0].reason), "expected_start": jobs[0].begins or None}
-    steps, saves = step_seconds(folder, config), read_json(folder / "control" / "heartbeat.json").get("save_seconds")
+    steps, saves = step_seconds(folder, config), save_seconds(folder)
     said |= {"step_seconds": steps, "save_seconds": saves}
     found: list[Ending] = []
     if config.cluster.backend in ("submitit", "sbatch") and not problem:

@@ -4,14 +4,14 @@ import dataclasses
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from launch import snapshot
 from launch.look import Look, look_at
 from launch.runs import all_runs, find_several, is_held, runs_root
-from launch.tell import console, new_parser, print_json, size, table, warn
+from launch.tell import Undone, console, new_parser, print_json, size, table, warn
 from synthos.train.checkpoint_files import STEP, is_whole, remove
 
 YOUNG_SECONDS = 3600  # a copy of code may be of a run that is just being submitted
@@ -37,25 +37,29 @@ def main(arguments: list[str]) -> int:
     folders = find_several(args.runs) if args.runs else all_runs(root)
     looks, problem = look_at(folders)
     if problem:  # a run whose job nobody can see may be alive
-        warn(f"error: {problem}; nothing is deleted that may be in use")
-        return 1
+        raise Undone(f"{problem}; nothing is deleted that may be in use")
     skipped = [one for one in looks if one.state in ("unknown", "unreadable")]
     found = [waste for one in looks if not one.alive and one not in skipped for waste in of_run(Path(one.folder), one)]
+    unreadable: list[str] = []
     if not args.runs:
-        found += unused_code(root, folders)
+        try:
+            found += unused_code(root)
+        except OSError as error:
+            unreadable = [f"{root / snapshot.STORE}: left alone, {error.filename} can't be read: {error.strerror}"]
     failed = [problem for waste in found if (problem := _delete(waste))] if args.yes else []
-    for line in [*failed, *(f"{one.name}: left alone, {one.state} ({one.detail})" for one in skipped)]:
+    problems = [*failed, *unreadable, *(f"{one.name}: left alone, {one.state} ({one.detail})" for one in skipped)]
+    for line in problems:
         warn(line)
     total = sum(waste.size for waste in found)
     if args.json:
         told = [dataclasses.asdict(waste) for waste in found]
-        print_json({"deleted": args.yes, "bytes": total, "waste": told, "problems": failed})
+        print_json({"deleted": args.yes, "bytes": total, "waste": told, "problems": problems})
     elif found:
         console().print(table(["run", "what", ">size", "path"], [(w.run, w.kind, size(w.size), w.path) for w in found]))
         print(f"{size(total)} {'deleted' if args.yes else 'may go; --yes deletes it'}")
     else:
         print("nothing to delete")
-    return int(bool(failed or skipped))
+    return int(bool(problems))
 
 
 def of_run(folder: Path, one: Look) -> Iterator[Waste]:
@@ -72,12 +76,30 @@ def of_run(folder: Path, one: Look) -> Iterator[Waste]:
             yield _waste(folder, "empty attempt", attempt)
 
 
-def unused_code(root: Path, folders: Sequence[Path]) -> Iterator[Waste]:
-    """Copies of code below `root` that no run leads to, and that are not of this hour."""
-    used = {os.path.realpath(folder / "code") for folder in folders}
+def unused_code(root: Path) -> Iterator[Waste]:
+    """Copies of code below `root` that nothing there leads to, and that are not of this hour.
+
+    Raises OSError for a folder that can't be read: it may be that of a run that leads to one.
+    """
+    folders = (run for group in _folders(root) for run in _folders(group))
+    used = {str(code) for folder in folders for code in [_leads_to(folder / "code")] if code}
     for path in sorted((root / snapshot.STORE).glob("*")):
         if path.is_dir() and os.path.realpath(path) not in used and not _is_young(path):
             yield Waste("", "unused code", str(path), _bytes(path))
+
+
+def _folders(folder: Path) -> list[Path]:
+    with os.scandir(folder) as entries:
+        return [Path(entry.path) for entry in entries if not entry.name.startswith(".") and entry.is_dir()]
+
+
+def _leads_to(link: Path) -> str:
+    """The real path that a link leads to; empty where there is none."""
+    try:
+        os.readlink(link)
+    except FileNotFoundError:
+        return ""
+    return os.path.realpath(link)
 
 
 def _waste(folder: Path, kind: str, path: Path) -> Waste:

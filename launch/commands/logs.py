@@ -125,7 +125,8 @@ def _follow(folder: Path, only: int | None, rank: int | None, lines: int) -> int
                     last = file
                 print(text, end="", flush=True)
             # Which rank was killed is known once it is decided what follows.
-            settled = over or newest != attempt or "next" in record
+            queued = attempt and one.state == "queued" and one.attempt == attempt  # its batch script was killed, too
+            settled = over or newest != attempt or "next" in record or queued
             if attempt and attempt not in told and settled:
                 told.add(attempt)
                 _tell_failure(folder, attempt, rank, lines)

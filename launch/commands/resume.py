@@ -20,7 +20,7 @@ from launch.identity import GENERATION_LEFT_OUT, LEFT_OUT
 from launch.look import look
 from launch.rundir import read_state
 from launch.runs import find_one, signature
-from launch.tell import new_parser, print_json, warn
+from launch.tell import Undone, new_parser, print_json
 from synthos.recipes.base import located
 from synthos.schema import GenerateConfig, JobConfig, RunConfig, read_job
 from synthos.strict import LOADER, dump, load, read_yaml, unknown
@@ -44,8 +44,7 @@ def main(arguments: list[str]) -> int | Callable[[], int]:
         raise ValueError(f"--follow: has no effect with {why}")
     one = look(folder, squeue.ask([folder]))
     if one.alive:
-        warn(f"error: {folder.name} is {one.state} already" + (f" ({one.detail})" if one.detail else ""))
-        return 1
+        raise Undone(f"{folder.name} is {one.state} already" + (f" ({one.detail})" if one.detail else ""))
     with quietly(args.json):
         work = plan_again(folder, config, ["synthos", "resume", *arguments], args.follow)
     return (lambda: _as_json(folder, work)) if args.json else work

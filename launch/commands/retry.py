@@ -11,6 +11,7 @@ from launch.commands.resume import changed_config, last_start, plan_again, quiet
 from launch.look import look
 from launch.runs import find_several
 from launch.tell import new_parser, print_json, warn
+from synthos.files import DamagedFile
 
 RETRIED = ("failed", "lost")
 UNCLEAR = ("unknown", "unreadable")
@@ -38,7 +39,7 @@ def _start(folders: Sequence[Path], command: list[str], only_failed: bool, as_js
                     work = plan_again(folder, changed_config(folder, []), command, False)
                 except ValueError as error:
                     warn(f"error: {one.name}: {error}")
-                    own = 2
+                    own = 1 if isinstance(error, DamagedFile) else 2
                 else:
                     own = work()
             told.append({"run": one.name, "started": last_start(folder) != before, "exit_code": own})

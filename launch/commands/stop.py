@@ -14,8 +14,13 @@ from launch.attempts import CANCELLED
 from launch.look import Look, look
 from launch.rundir import holders
 from launch.runs import find_several
-from launch.tell import new_parser, print_json, warn
+from launch.tell import Undone, new_parser, print_json
 from synthos.files import write_json
+
+WHEN = {
+    "queued": "it ends as soon as it has started",
+    "unknown": "it saves and ends, or ends as soon as it has started; whether it runs Slurm can't be asked",
+}
 
 
 def main(arguments: list[str]) -> int:
@@ -27,7 +32,7 @@ def main(arguments: list[str]) -> int:
     for folder in folders:
         one = look(folder, queue)
         asked = one.alive or one.state == "unknown"  # the file is read wherever the run is
-        when = "it saves and ends" if one.state != "queued" else "it ends as soon as it has started"
+        when = WHEN.get(one.state, "it saves and ends")
         try:
             if asked:
                 write_json(folder / "control" / "stop", {"cause": "stop"})
@@ -45,8 +50,7 @@ def cancel(arguments: list[str]) -> int:
     folders = find_several(args.runs)
     queue = squeue.ask(folders)
     if queue.problem:
-        warn(f"error: {queue.problem}")
-        return 1
+        raise Undone(queue.problem)
     told = []
     for folder in folders:
         one = look(folder, queue)

@@ -18,7 +18,7 @@ import numpy as np
 from rich.console import Console
 
 from synthos.batch import Batch, Fault
-from synthos.files import read_json
+from synthos.files import read_heartbeat
 from synthos.recipes.base import name_pictures
 from synthos.schema import RunConfig
 from synthos.strict import dump
@@ -66,7 +66,7 @@ class Report:
         if not self.world.is_main:
             return
         self._cut_lines(step, validation_due)
-        self.save_seconds = read_json(self.folder / "control" / "heartbeat.json").get("save_seconds")
+        self.save_seconds = read_heartbeat(self.folder).get("save_seconds")
         self.metrics_file = (self.folder / "metrics.jsonl").open("a", buffering=1)
         self._open_wandb()
         self._log({"attempt": self.attempt, "attempt/restart_step": step}, step)

@@ -2,8 +2,11 @@
 
 import json
 import math
+import os
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -20,10 +23,19 @@ CLUSTER = compose_for_test("recipe=i2i", "model=tiny", "data=photos", "cluster=s
 Tools = Callable[..., Path]
 
 
-def ends_in(seconds: float, preempted: str = "None") -> str:
-    """What scontrol says of a job that has so long."""
-    end = (datetime.now() + timedelta(seconds=seconds)).isoformat()
-    return f"JobId=2 JobState=RUNNING Reason=None Restarts=0 EndTime={end} PreemptTime={preempted} NumNodes=1"
+def ends_in(seconds: float, preempted: str = "None", of: float = 12 * 3600) -> str:
+    """What scontrol says of a job that has so long of its time."""
+    end = datetime.now() + timedelta(seconds=seconds)
+    times = f"StartTime={(end - timedelta(seconds=of)).isoformat()} EndTime={end.isoformat()} PreemptTime={preempted}"
+    return f"JobId=2 JobState=RUNNING Reason=None Restarts=0 {times} NumNodes=1"
+
+
+def due(limit: Limit) -> float:
+    """What it says once Slurm has answered."""
+    limit.due()
+    if limit.asking.ident:
+        limit.asking.join()
+    return limit.due()
 
 
 def limit_of(folder: Path, save: float | None = None) -> Limit:
@@ -50,7 +62,7 @@ def test_ranks_may_save_until_a_minute_before_the_limit(tools: Tools, tmp_path: 
         (290, 100, 0),  # or has come: 60 + 2 * 100 + 60 are 320 s, of which at least half a minute has passed
         (930, 400, 0),  # not yet
         (910, 400, 920),
-        (910, 40_000, 21_600),  # half of the job's time at most, or nothing would be trained
+        (910, 40_000, 21_600),  # half of the job's time at most
     ],
 )
 def test_a_save_that_got_slower_is_told_of_earlier(
@@ -58,7 +70,7 @@ def test_a_save_that_got_slower_is_told_of_earlier(
 ) -> None:
     monkeypatch.setenv(NOTICE, "320" if save == 100 else "300")
     tools(scontrol=ends_in(left))
-    assert limit_of(tmp_path, save).due() == expected
+    assert due(limit_of(tmp_path, save)) == expected
 
 
 def test_slurm_is_asked_when_it_matters_and_not_each_second(
@@ -67,12 +79,40 @@ def test_slurm_is_asked_when_it_matters_and_not_each_second(
     monkeypatch.setenv(NOTICE, "300")
     asked = tools(scontrol=ends_in(5000))
     limit = limit_of(tmp_path, 10)
-    assert limit.due() == 0 and not asked.exists()  # its own notice is early enough
+    assert due(limit) == 0 and not asked.exists()  # its own notice is early enough
     limit_of(tmp_path, 400)
-    assert [limit.due() for _ in range(5)] == [0] * 5 and len(asked.read_text().splitlines()) == 1
+    assert [due(limit) for _ in range(5)] == [0] * 5 and len(asked.read_text().splitlines()) == 1
     tools(scontrol=ends_in(900))  # an administrator has taken some of its time
-    monkeypatch.setattr("launch.notice.time.monotonic", lambda: limit.asked + 61)
-    assert limit.due() == 920
+    limit.asked -= 61
+    assert due(limit) == 920
+    tools(scontrol="slurm_load_jobs error: Unable to contact slurm controller")
+    limit.asked -= 61
+    assert due(limit) == 920 and 0 < limit.seconds_to_save() <= 840  # what it has told before still holds
+
+
+def test_the_agent_has_other_things_to_do_than_to_wait_for_slurm(
+    tools: Tools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(NOTICE, "300")
+    tools(scontrol=ends_in(900))
+    script, waits = tmp_path / "bin" / "scontrol", f"{shutil.which('sleep', path=os.defpath)} 1"
+    script.write_text(script.read_text().replace("#!/bin/bash", f"#!/bin/bash\n{waits}"))
+    limit = limit_of(tmp_path, 400)
+    began = time.monotonic()
+    assert limit.due() == 0 and limit.asking.is_alive() and time.monotonic() - began < 0.5
+    assert due(limit) == 920
+
+
+def test_half_of_a_job_is_for_training(tools: Tools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its limit may be the partition's own, of which the config says nothing."""
+    monkeypatch.setenv(NOTICE, "300")
+    limit = limit_of(tmp_path, 900)
+    limit.cluster = replace(CLUSTER, time=None)
+    tools(scontrol=ends_in(1790, of=1800))
+    assert due(limit) == 0
+    tools(scontrol=ends_in(890, of=1800))
+    limit.asked -= 61
+    assert due(limit) == 900
 
 
 def test_without_an_answer_only_slurm_gives_notice(
@@ -80,9 +120,9 @@ def test_without_an_answer_only_slurm_gives_notice(
 ) -> None:
     monkeypatch.setenv(NOTICE, "300")
     limit = limit_of(tmp_path, 400)
-    assert limit.due() == 0  # there is no scontrol
+    assert due(limit) == 0  # there is no scontrol
     tools(scontrol=ends_in(900, preempted="2026-11-27T16:38:45"))
-    assert Limit(tmp_path, CLUSTER).due() == 0
+    assert due(Limit(tmp_path, CLUSTER)) == 0
 
 
 def test_the_agent_gives_the_notice_and_what_follows_knows_it(

@@ -216,6 +216,13 @@ def test_the_notice_is_the_one_that_the_job_was_submitted_with(
         shutil.rmtree(folder)
 
 
+def test_a_heartbeat_that_a_node_took_along_keeps_no_run_from_going_on(tools: Callable[..., Path], ended: Any) -> None:
+    folder, _ = ended("notice")
+    (folder / "control" / "heartbeat.json").touch()
+    tools(scontrol=WORDS["as it runs"])
+    assert requeue.main(folder) == 0 and attempts.newest_record(folder)["next"]["decision"] == "requeue"
+
+
 def test_who_wants_a_run_to_stop_that_waits_again_is_heard(tools: Callable[..., Path], ended: Any) -> None:
     """The wish of a signal is over: what is touched now is meant for the attempt to come."""
     folder, _ = ended("notice")
@@ -300,11 +307,13 @@ def test_no_node_is_excluded_where_too_few_others_are_left(
     """The job would wait for ever."""
     folder, _ = ended("drain", "nodes=2", "batch.size=16")
     attempts.amend(folder, 1, bad_nodes=["node2", "node2"])
-    asked = tools(scontrol=WORDS["as it runs"], sinfo=known)
+    asked = tools(scontrol=WORDS["as it runs"], sinfo="\n".join(f"{name} big gpu:1" for name in known.split()))
     with (asked.parent / "bin" / "scontrol").open("a") as tool:
         tool.write("[[ $2 == hostnames ]] && echo node2 || exit 0\n")
     assert requeue.main(folder) == 0 and "ExcNodeList" not in asked.read_text()
-    assert f"its partition has {len(known.split()) - 1} others" in capsys.readouterr().err
+    assert "node2 stays: its partition has too few others" in capsys.readouterr().err
+    assert "node2 stays" in attempts.newest_record(folder)["next"]["reason"]
+    assert "exclude" not in render.flags(read_job(folder / "config.yaml"), folder)  # nor for who submits it again
 
 
 def test_nodes_that_failed_come_beside_those_of_the_config(

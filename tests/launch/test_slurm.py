@@ -96,3 +96,30 @@ def test_a_site_without_preemption_is_not_warned_of(
     )
     problems, said = slurm.look(compose_for_test("recipe=i2i", "model=tiny", "data=photos", "cluster=slurm"), tmp_path)
     assert not problems and any("a preemption leaves 30 s" in line for line in said) == warned
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ((), 3),
+        (("cluster.constraint=fast",), 2),
+        (("cluster.constraint='fast&new'",), 1),
+        (("cluster.constraint='[new|old]'",), 2),
+        (("cluster.gpu_type=h100",), 2),
+        (("cluster.gpu_type=h100", "gpus_per_node=8"), 1),
+        (("cluster.gpu_flag=null",), 4),
+    ],
+)
+def test_nodes_that_a_job_could_not_have_are_no_others(
+    tools: Callable[..., Path], overrides: tuple[str, ...], expected: int
+) -> None:
+    nodes = [
+        "n1 fast gpu:a100:4",
+        "n2 fast,new gpu:h100:8(S:0-1)",
+        "n3 old gpu:h100:4",
+        "n4 (null) (null)",
+        "n5 fast gpu:8",
+    ]
+    tools(sinfo="\n".join([*nodes, nodes[0]]), scontrol="n5")  # a node of two partitions is listed twice
+    config = compose_for_test("recipe=i2i", "model=tiny", "data=photos", "cluster=slurm", "batch.size=8", *overrides)
+    assert slurm.others(config, "n5") == expected

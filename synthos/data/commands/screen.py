@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from synthos.arguments import Parser
 from synthos.data.processes import usable_cores
 
 Thing = TypeVar("Thing")
@@ -18,7 +19,7 @@ SHOWN = 20  # lines of a list of faults on the screen; --json has all
 
 def new_parser(verb: str, about: str | None, shards: bool = True) -> argparse.ArgumentParser:
     """A parser of a verb's options; with `shards` it begins with the shards to work on."""
-    parser = argparse.ArgumentParser(prog=f"synthos data {verb}", description=about)
+    parser = Parser(prog=f"synthos data {verb}", description=about)
     if shards:
         parser.add_argument("shards", nargs="+", help="as data.shards: a folder (of an address: end it by /), a glob, "
                             "a brace pattern, or a .txt or .json list; paths or addresses")  # fmt: skip

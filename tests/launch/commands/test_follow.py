@@ -102,3 +102,17 @@ def test_logs_wait_for_the_word_on_who_was_killed(
     shown = capsys.readouterr().out
     assert "attempt 1 failed first at rank 1: ended by SIGKILL\n" in shown and "failed first at rank 2" not in shown
     assert shown.endswith("a-00000001, attempt 1: failed, killed\n")
+
+
+def test_logs_of_an_attempt_end_though_its_batch_script_decided_nothing(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was killed, and Slurm has requeued the job, which may wait for days."""
+    folder = runs.add("a-00000001")
+    (folder / "slurm").mkdir()
+    squeue(tmp_path, monkeypatch, f"echo '17 |1 |PENDING |BeginTime | |N/A |{folder}/slurm/%j.out '")
+    number = runs.begin(folder, 3, job="17.0")
+    write_logs(folder, number, {"node-0.log": ["saved"]})
+    runs.end(folder, number, "stopped", cause="terminate", step=5)
+    assert synthos("logs", "a", "-f", "--attempt", "1") == 0
+    assert capsys.readouterr().out.endswith("a-00000001, attempt 1: stopped, terminate\n")

@@ -111,9 +111,11 @@ def test_a_job_between_two_attempts_is_not_starting(
     record.write_text(
         json.dumps({key: value for key, value in json.loads(record.read_text()).items() if key != "next"})
     )
-    assert told() == ("ending", "attempt 1 (time_limit) is over, what follows is being decided")
+    assert told() == ("ending", "attempt 1 is over, and what follows is being decided")
+    squeue(tmp_path, monkeypatch, f"echo '17 |1 |COMPLETING |None |node1 |N/A |{folder}/slurm/%j.out '")
+    assert told()[0] == "ending"  # requeued, and its processes still end
     squeue(tmp_path, monkeypatch, f"echo '17 |1 |PENDING |BeginTime | |N/A |{folder}/slurm/%j.out '")
-    assert told() == ("queued", "BeginTime, again after attempt 1; is asked to stop")
+    assert told() == ("queued", "BeginTime, again after attempt 1 (time_limit); is asked to stop")
     squeue(tmp_path, monkeypatch, f"echo '17 |1 |RUNNING |None |node1 |N/A |{folder}/slurm/%j.out '")
     assert told() == ("starting", "job 17 on node1; is asked to stop")
 
