@@ -18,28 +18,33 @@ SHOW = """
 import json, sys
 from pathlib import Path
 from launch.screen import Screen
-file = Path(sys.argv[1])
-screen = Screen(file)
+folder = Path(sys.argv[1])
+screen = Screen(folder)
 screen.show("a line\\n")
-file.write_text(json.dumps(json.loads(sys.argv[2])))
+(folder / "control" / "heartbeat.json").write_text(sys.argv[2])
 screen.show("")
 screen.close()
 """
 
 
+def beat(folder: Path, content: object) -> None:
+    (folder / "control").mkdir()
+    (folder / "control" / "heartbeat.json").write_text(json.dumps(content))
+
+
 def test_a_pipe_gets_the_output_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "beat").write_text(json.dumps(BEAT))
-    screen = Screen(tmp_path / "beat")
+    beat(tmp_path, BEAT)
+    screen = Screen(tmp_path)
     screen.show("a line\n")
     screen.close()
     assert capsys.readouterr().out == "a line\n"
 
 
 def test_a_terminal_gets_the_heartbeat_too(tmp_path: Path) -> None:
-    (tmp_path / "beat").write_text(json.dumps({**BEAT, "step": 3}))  # of an earlier attempt
+    beat(tmp_path, {**BEAT, "step": 3})  # of an earlier attempt
     ours, theirs = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
-    command = [sys.executable, "-c", SHOW, str(tmp_path / "beat"), json.dumps(BEAT)]
+    command = [sys.executable, "-c", SHOW, str(tmp_path), json.dumps(BEAT)]
     subprocess.run(command, stdout=theirs, env=environment, check=True, timeout=60)
     os.close(theirs)
     shown = os.read(ours, 65536).decode()
