@@ -208,7 +208,7 @@ class _Folder:
         if self.beat.get("attempt") != self.attempt:
             age = time.time() - datetime.fromisoformat(self.record["started"]).timestamp()
             state = "starting" if age < STARTING_SECONDS else "stalled"
-            return state, f"no step of attempt {self.attempt} yet, {duration(age)} after its start"
+            return state, f"no step of attempt {self.attempt} yet, {duration(age)} after its start{self._wish()}"
         age = time.time() - self.beat["time"]
         doing = self.beat.get("doing", "")
         save = 2 * (self.beat.get("save_seconds") or 0)  # two may have to be waited for
