@@ -248,9 +248,8 @@ def wait(
             return
         if signals and not asked:
             asked = True
-            create_json(
-                folder / "control" / "stop", {"cause": CAUSES[signals[0]], **given}
-            )  # what is there may say more
+            said = {"cause": CAUSES[signals[0]], **given}
+            create_json(folder / "control" / "stop", said)  # what is there may say more
             if limit and signals[0] is signal.SIGUSR2:
                 end = time.monotonic() + limit.seconds_to_save()
             again = "; Ctrl-C again kills them" if signals[0] is signal.SIGINT else ""

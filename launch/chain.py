@@ -1,6 +1,7 @@
 """Jobs of which each first queues the one that goes on after it (`cluster.requeue=chain`)."""
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -62,4 +63,5 @@ def unanswered(folder: Path, own: str) -> str | None:
         told = {job: slurm.order(["scontrol", "--oneliner", "show", "job", job]) for job in waiting}
     except RuntimeError:
         return None
-    return next((job for job, words in told.items() if f"Dependency=afterany:{own}(" in words), None)
+    this_one = re.compile(rf"Dependency=afterany:{own}(?![\d_])")
+    return next((job for job, words in told.items() if this_one.search(words)), None)

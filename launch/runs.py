@@ -129,7 +129,9 @@ def _matches(word: str, root: Path | None = None) -> list[Path]:
     path = Path(word).expanduser().absolute()
     root = root or runs_root()
     if os.sep in word and (group := _group(word, path, root)):
-        return _runs_of(group)
+        if not (runs := _runs_of(group)):
+            raise ValueError(f"{word}: the group {group} has no runs; `synthos ls` lists all there are")
+        return runs
     if word.count(os.sep) == 1 and not path.is_dir():  # group/run, as candidates are listed
         path = root / word
     if os.sep in word or is_run(path):

@@ -96,7 +96,7 @@ def _folders(folder: Path) -> list[Path]:
 def _leads_to(link: Path) -> str:
     """The real path that a link leads to; empty where there is none."""
     try:
-        os.readlink(link)
+        link.lstat()
     except FileNotFoundError:
         return ""
     return os.path.realpath(link)

@@ -155,6 +155,8 @@ def test_a_group_can_be_meant_where_runs_have_its_name(runs: Runs, capsys: Captu
     for word in ("i2i/", str(own.parent), f"{own.parent}/"):
         assert find_several([word]) == [own]
     assert find_several(["mine/i2i-00000002"]) == [other]
+    (runs.root / "empty").mkdir()
+    assert synthos("logs", "empty/") == 2 and "empty has no runs" in capsys.readouterr().err
 
 
 def test_a_folder_that_never_was_a_run_is_no_run(runs: Runs, capsys: Capture) -> None:

@@ -74,6 +74,8 @@ def test_a_run_without_a_first_step_stalls_after_an_hour(
             age_heartbeat(monkeypatch, seconds)
             told = look(capsys, "a")[1]["a-00000001"]
             assert told["state"] == state and "no step of attempt 1 yet" in str(told["detail"])
+        (folder / "control" / "stop").touch()
+        assert str(look(capsys, "a")[1]["a-00000001"]["detail"]).endswith("after its start; is asked to stop")
 
 
 def test_a_run_is_over_before_its_job_is(
