@@ -59,10 +59,9 @@ def test_fit_gpus_have_no_fault(say: Say, cluster: ClusterConfig) -> None:
         ("", "1 GPUs, gpus_per_node is 2"),
     ],
 )
-def test_each_fault(say: Say, cluster: ClusterConfig, monkeypatch: pytest.MonkeyPatch, line: str, fault: str) -> None:
-    monkeypatch.setattr(gpus, "RELEASE_SECONDS", 0)
+def test_each_fault(say: Say, cluster: ClusterConfig, line: str, fault: str) -> None:
     say(*idle(1), line)
-    (found,) = gpu_faults(cluster, 2, {})
+    (found,) = gpu_faults(cluster, 2, {}, patience_seconds=0)
     assert found.startswith(fault)
     assert gpu_faults(cluster, 1, {}) == ([] if "lost" not in line else [found])  # no rank uses the second GPU
 
