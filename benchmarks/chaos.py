@@ -46,7 +46,7 @@ Row = dict[str, Any]
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faults", type=int, default=50)
-    parser.add_argument("--steps", type=int, default=1000, help="of the run, which has to outlast the faults")
+    parser.add_argument("--steps", type=int, default=2000, help="of the run, which has to outlast the faults")
     parser.add_argument("--seed", type=int, default=0, help="of which fault comes when")
     parser.add_argument("--backend", choices=("submitit", "sbatch"), default="submitit")
     parser.add_argument("--out", type=Path, help="file for the figures")
