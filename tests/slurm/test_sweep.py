@@ -45,7 +45,7 @@ def test_an_array_leaves_out_what_is_done_and_an_element_is_requeued_alone(
     command(cluster, runs, "submit", *same, "optim.steps=1", "cluster=local", "cluster.device=cpu")
     (done,) = (runs / "tries").glob("[!.]*")
     site = ("cluster=practice", f"cluster.backend={backend}")
-    said = command(cluster, runs, "submit", *same, "optim.steps=1,200,2", *site, "array_parallelism=1")
+    said = command(cluster, runs, "submit", *same, "optim.steps=1,1000,2", *site, "array_parallelism=1")
     assert f"optim.steps=1: {done.name} is done" in said
     if backend == "submitit":
         job = re.findall(r"submitted job array (\d+) of 2 points, 1 at a time", said)[0]
@@ -61,7 +61,7 @@ def test_an_array_leaves_out_what_is_done_and_an_element_is_requeued_alone(
 
     wait_until(lambda: (long / "metrics.jsonl").exists(), "a step of the first element")
     assert waits(short) and not waits(long)
-    again = command(cluster, runs, "submit", *same, "optim.steps=1,200,2", *site)
+    again = command(cluster, runs, "submit", *same, "optim.steps=1,1000,2", *site)
     assert f"{long.name} has job {job}_0 already" in again and f"{short.name} has job {job}_1 already" in again
     cluster.run("scontrol", "requeue", f"{job}_0")
     Victim(long, f"{job}_0", cluster.folder, cluster.env).starts_now()  # else it would wait for two minutes
@@ -75,7 +75,7 @@ def test_an_array_leaves_out_what_is_done_and_an_element_is_requeued_alone(
     assert (find_one(f"{job}_0"), find_one(f"{job}_1")) == (long, short)
     assert main(["status", "tries"]) == 0 and main(["logs", f"{job}_1"]) == 0
     # The requeued one is the very run that nothing happens to.
-    command(cluster, runs / "alone", "submit", *same, "optim.steps=200", "cluster=local", "cluster.device=cpu",
+    command(cluster, runs / "alone", "submit", *same, "optim.steps=1000", "cluster=local", "cluster.device=cpu",
             "cluster.threads=1")  # fmt: skip
     (alone,) = (runs / "alone" / "tries").glob("[!.]*")
     assert compare(long, alone) == dict.fromkeys(("losses", "checkpoint", "weights", "samples"), True)
@@ -83,7 +83,7 @@ def test_an_array_leaves_out_what_is_done_and_an_element_is_requeued_alone(
 
 def test_pictures_are_made_once_the_training_before_them_is_done(cluster: Cluster, runs: Path) -> None:
     """Which is requeued meanwhile."""
-    command(cluster, runs, "submit", *SHAPE, *QUICK, "name=first", "optim.steps=200", "cluster=practice")
+    command(cluster, runs, "submit", *SHAPE, *QUICK, "name=first", "optim.steps=600", "cluster=practice")
     given = ("weights=first", "prompt=red", "steps=2", "cluster=practice")
     said = command(cluster, runs, "generate", *given, "after=first")
     train, generation = find_one("first"), find_one("generate")
