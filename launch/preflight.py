@@ -100,8 +100,7 @@ def _shunned(folder: Path, config: JobConfig) -> Sequence[str]:
     None where too few others would be left: a job that nobody could start would wait for ever.
     """
     bad = bad_nodes(attempts.records(folder)[:-1])
-    own = config.cluster.sbatch.get("exclude")
-    others = slurm.others(config, ",".join(str(node) for node in (own, *bad) if node)) if bad else None
+    others = slurm.others(config, bad) if bad else None
     return bad if others is not None and others >= config.nodes else ()
 
 

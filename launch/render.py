@@ -1,6 +1,7 @@
 """What Slurm is told of a job: flags, the batch script, the line for sbatch by hand.
 
-Pure functions, but that the measured time of a save, and which nodes failed, are read from the run folder.
+Pure functions, but that the measured time of a save, and which nodes failed, are read from the run folder; where some
+did, Slurm is asked whether enough others are left.
 """
 
 import math
@@ -94,10 +95,10 @@ def excluded(config: JobConfig, folder: Path) -> str | None:
     from launch import slurm  # not above: it renders
 
     records = [read_json(path) for path in (folder / "attempts").glob("[0-9]*/attempt.json")]
-    own, bad = _text(config.cluster.sbatch.get("exclude")), bad_nodes(records)
-    every = ",".join(filter(None, [own, *bad]))
-    few = bad and (others := slurm.others(config, every)) is not None and others < config.nodes
-    return (own if few else every) or None
+    bad = bad_nodes(records)
+    if bad and (others := slurm.others(config, bad)) is not None and others < config.nodes:
+        bad = ()
+    return ",".join(filter(None, [_text(config.cluster.sbatch.get("exclude")), *bad])) or None
 
 
 def planned_notice(config: JobConfig, folder: Path) -> int:

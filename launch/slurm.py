@@ -14,7 +14,7 @@ from launch import render
 from launch.compose import CHECKOUT
 from synthos.schema import JobConfig
 
-UNTOLD = ("Unknown", "NONE", "None")
+UNTOLD = ("Unknown", "NONE", "None")  # of a time
 TIMEOUT_SECONDS = 60  # a busy controller answers late
 # What a job can no longer leave: man squeue, JOB STATE CODES.
 ENDED = {
@@ -141,10 +141,11 @@ def _short_grace(config: JobConfig, folder: Path) -> Iterator[str]:
         )
 
 
-def others(config: JobConfig, excluded: str) -> int | None:
-    """How many nodes there are besides those that a job of this config could have, up or down; None where Slurm can't
-    be asked here.
+def others(config: JobConfig, bad: Sequence[str]) -> int | None:
+    """How many nodes there are besides the `bad` and those that the config excludes that a job of it could have, up or
+    down; None where Slurm can't be asked here.
     """
+    excluded = ",".join(str(node) for node in (config.cluster.sbatch.get("exclude"), *bad) if node)
     partition = config.cluster.partition or os.environ.get("SLURM_JOB_PARTITION")
     only = [f"--partition={partition}"] if partition else []
     try:

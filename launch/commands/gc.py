@@ -82,7 +82,7 @@ def unused_code(root: Path) -> Iterator[Waste]:
     Raises OSError for a folder that can't be read: it may be that of a run that leads to one.
     """
     folders = (run for group in _folders(root) for run in _folders(group))
-    used = {str(code) for folder in folders for code in [_leads_to(folder / "code")] if code}
+    used = {_leads_to(folder / "code") for folder in folders}
     for path in sorted((root / snapshot.STORE).glob("*")):
         if path.is_dir() and os.path.realpath(path) not in used and not _is_young(path):
             yield Waste("", "unused code", str(path), _bytes(path))

@@ -122,4 +122,4 @@ def test_nodes_that_a_job_could_not_have_are_no_others(
     ]
     tools(sinfo="\n".join([*nodes, nodes[0]]), scontrol="n5")  # a node of two partitions is listed twice
     config = compose_for_test("recipe=i2i", "model=tiny", "data=photos", "cluster=slurm", "batch.size=8", *overrides)
-    assert slurm.others(config, "n5") == expected
+    assert slurm.others(config, ["n5"]) == expected
